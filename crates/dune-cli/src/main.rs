@@ -1,0 +1,2 @@
+//! The dune command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The platform: KVM probe, VM, windows of memory, virtual CPUs.

@@ -1,0 +1,1 @@
+//! ELF images, the auxiliary vector and the initial stack.

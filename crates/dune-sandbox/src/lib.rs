@@ -1,0 +1,1 @@
+//! The sandbox: unmodified Linux programs held in ring 3.

@@ -1,0 +1,1 @@
+//! The x86-64 CPU as data: addresses, page tables, descriptors and trap frames.

@@ -1,0 +1,1 @@
+//! Dune mode: an ordinary process that uses the privileged CPU.
