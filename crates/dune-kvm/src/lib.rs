@@ -1,1 +1,3 @@
 //! The platform: KVM probe, VM, windows of memory, virtual CPUs.
+
+pub mod probe;
