@@ -1,0 +1,290 @@
+//! What runs ring 3: the one thing that differs between the placements.
+//!
+//! The guard ([`crate::Guard`]) is one body of Rust. Where it runs, at ring 0
+//! inside the guest or on the host side after an exit, is decided by the
+//! [`Engine`] underneath it:
+//!
+//! | engine | ring 3 ends by | for |
+//! |---|---|---|
+//! | on host | an exit of the vCPU | any KVM that runs ring 3 natively |
+//! | in guest | a trap to ring 0 of the same guest | KVM that runs ring 0 natively |
+//! | mock (tests) | a script | unit tests of the guard |
+//!
+//! ```text
+//!             +-------- Trap ---------+
+//!             |                       v
+//!        Engine::run              Guard::on_trap ---- host kernel
+//!             ^                       |   (mmap, read, ...)
+//!             +-- admit/revoke, regs -+
+//! ```
+//!
+//! # Memory: who knows what
+//!
+//! The guard's table of virtual memory areas ([`crate::vma`]) is the only
+//! record of what the program may reach. An engine's page tables are a cache
+//! of it, filled by [`Engine::admit`] when the program faults and emptied by
+//! [`Engine::revoke`]. An engine may start with nothing mapped.
+//!
+//! Addresses are the same in ring 3 and in the host process. What ring 3 may
+//! do to a page is at most what the guard admitted, and the host's own rights
+//! to it (`PROT_READ`, `PROT_WRITE`; never `PROT_EXEC`, which the guard keeps
+//! off host mappings) are equal to the program's.
+//!
+//! **Order.** Rights are taken away first in the engine, then in the host
+//! process: the guard calls `revoke(range)`, *then* `munmap`, `mprotect`,
+//! `mremap` or `mmap(MAP_FIXED)` of the same pages, *then* returns to `run`.
+//! The host call always lessens the host's rights to every page of the range
+//! that was present (where only `PROT_EXEC` is taken, which the host does not
+//! see, the guard passes through `PROT_NONE`), so a KVM that shadows page
+//! tables drops its copies by then at the latest, with no invalidation from
+//! inside the guest. Rights are given in the other order: host first, `admit`
+//! at the next fault.
+
+pub mod mock;
+
+use crate::range::PageRange;
+
+bitflags::bitflags! {
+    /// What ring 3 may do to a page.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Access: u8 {
+        /// Data reads. On x86 a page that can be written or executed can be
+        /// read too; the guard adds this flag accordingly.
+        const READ = 1;
+        /// Data writes.
+        const WRITE = 2;
+        /// Instruction fetches.
+        const EXEC = 4;
+    }
+}
+
+bitflags::bitflags! {
+    /// The page fault error code (Intel SDM volume 3, 4.7).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct PageFaultError: u32 {
+        /// The page was mapped, the right was missing.
+        const PRESENT = 1 << 0;
+        /// A write.
+        const WRITE = 1 << 1;
+        /// From ring 3.
+        const USER = 1 << 2;
+        /// A reserved bit was set in an entry.
+        const RSVD = 1 << 3;
+        /// An instruction fetch.
+        const INSTR = 1 << 4;
+    }
+}
+
+impl PageFaultError {
+    /// The right that the faulting access needed.
+    #[must_use]
+    pub fn needed(self) -> Access {
+        if self.contains(Self::INSTR) {
+            Access::EXEC
+        } else if self.contains(Self::WRITE) {
+            Access::WRITE
+        } else {
+            Access::READ
+        }
+    }
+}
+
+/// General registers of the program, in the order of `struct kvm_regs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "register names")]
+pub struct UserRegs {
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rsp: u64,
+    pub rbp: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rip: u64,
+    pub rflags: u64,
+}
+
+const _: () = assert!(size_of::<UserRegs>() == 18 * 8);
+
+/// The program's state outside the extended registers.
+///
+/// Invariants that the guard keeps, and that an engine may rely on when
+/// [`Engine::run`] is called: `rip` is canonical and below 2^47, `rflags` holds
+/// only bits of [`UserState::RFLAGS_USER`] besides bit 1 and `IF`, `fs_base`
+/// and `gs_base` are canonical and below 2^47. General registers are
+/// arbitrary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UserState {
+    /// General registers, instruction pointer and flags.
+    pub regs: UserRegs,
+    /// Base address of the `fs` segment. Current after each `run`, even if the
+    /// program has used `WRFSBASE` or loaded the selector.
+    pub fs_base: u64,
+    /// Base address of the `gs` segment, likewise.
+    pub gs_base: u64,
+}
+
+impl UserState {
+    /// Flags that ring 3 may choose: CF PF AF ZF SF TF DF OF RF AC ID.
+    /// Everything else the engine sets by itself (bit 1 and IF set; IOPL, NT,
+    /// VM, VIF, VIP clear).
+    pub const RFLAGS_USER: u64 = 0x0025_0dd5;
+}
+
+/// Why ring 3 ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trap {
+    /// A `SYSCALL` instruction. `rip` is after it, `rax` holds the number,
+    /// `rcx` and `r11` are as the hardware leaves them (`rip` and `rflags`).
+    Syscall,
+    /// A page fault (#PF) from ring 3; `rip` is at the faulting instruction.
+    PageFault {
+        /// The faulting address (CR2).
+        addr: u64,
+        /// The error code.
+        error: PageFaultError,
+    },
+    /// The page is admitted and yet the host could not supply it: a file
+    /// mapping past the end of its file, memory that KVM cannot back
+    /// (`KVM_RUN` says EFAULT, a memory fault exit or an MMIO exit). `rip` is
+    /// at the instruction.
+    HostFault {
+        /// The address, to the page at least.
+        addr: u64,
+        /// What the access was, as far as the engine can tell.
+        error: PageFaultError,
+    },
+    /// Any other exception of ring 3, with `rip` as the hardware leaves it:
+    /// at the instruction for faults, after it for #BP, #OF and #DB traps.
+    Exception {
+        /// 0 to 31.
+        vector: u8,
+        /// The error code, or 0 for vectors without one.
+        error: u32,
+        /// DR6 as of a #DB, else 0.
+        dr6: u64,
+    },
+    /// The kick byte ([`Engine::kick_byte`]) was found set. The engine has
+    /// cleared it. Nothing of the program's state has changed otherwise.
+    Interrupted,
+}
+
+/// The engine cannot go on; the program cannot be run any further.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A request to KVM failed.
+    #[error("KVM refused {what}: {source}")]
+    Kvm {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The virtual CPU stopped for a reason that no program can cause.
+    #[error(
+        "the virtual CPU stopped: {what} at rip {rip:#x}; the kernel log may say why (dmesg | tail)"
+    )]
+    Stopped {
+        /// The exit reason in words.
+        what: String,
+        /// Where it happened.
+        rip: u64,
+    },
+    /// No memory for page tables or windows.
+    #[error("no memory left for {what}; lower the load or raise the memory limit")]
+    NoMemory {
+        /// What it was for.
+        what: &'static str,
+    },
+}
+
+/// Runs ring 3. See the module documentation for the protocol.
+pub trait Engine {
+    /// Runs the program from `user` until its next trap, and stores its state
+    /// there again.
+    ///
+    /// Must return [`Trap::Interrupted`] without running anything if the kick
+    /// byte is set on entry, and soon if it becomes set later.
+    ///
+    /// # Errors
+    ///
+    /// If the virtual CPU is of no more use.
+    fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError>;
+
+    /// Lets ring 3 reach the page of `addr` with the rights `access`, as the
+    /// answer to a [`Trap::PageFault`] that the guard found permitted. The
+    /// whole of `area`, which contains the page, is mapped in the host process
+    /// and has the same rights: an engine should admit as much of it at once
+    /// as is cheap (host pages need not be populated).
+    ///
+    /// The page may already be admitted with other rights: they are replaced.
+    ///
+    /// # Errors
+    ///
+    /// If there is no memory for page tables or no window can be made.
+    fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError>;
+
+    /// Takes `range` out of ring 3's reach; pages that were never admitted may
+    /// be among it. Called *before* the host mappings change, which the caller
+    /// does next (see the module documentation).
+    ///
+    /// # Errors
+    ///
+    /// If the tables cannot be edited.
+    fn revoke(&mut self, range: PageRange) -> Result<(), EngineError>;
+
+    /// XCR0 as ring 3 has it: which components [`Engine::save_xstate`] holds.
+    fn xcr0(&self) -> u64;
+
+    /// Bytes of the extended state in the standard (not compacted) XSAVE
+    /// format for [`Engine::xcr0`], at least 576.
+    fn xstate_len(&self) -> usize;
+
+    /// Stores the program's extended state in `area`, which has
+    /// [`Engine::xstate_len`] bytes, in the standard XSAVE format.
+    ///
+    /// # Errors
+    ///
+    /// If the virtual CPU does not answer.
+    fn save_xstate(&mut self, area: &mut [u8]) -> Result<(), EngineError>;
+
+    /// Loads the program's extended state from `area`, as `save_xstate` made
+    /// it. The guard has checked that MXCSR and the XSAVE header hold nothing
+    /// that `XRSTOR` would refuse.
+    ///
+    /// # Errors
+    ///
+    /// If the virtual CPU refuses it.
+    fn load_xstate(&mut self, area: &[u8]) -> Result<(), EngineError>;
+
+    /// Puts the extended state in the state after `execve` (FCW 0x37f, MXCSR
+    /// 0x1f80, everything else clear).
+    ///
+    /// # Errors
+    ///
+    /// If the virtual CPU refuses it.
+    fn reset_xstate(&mut self) -> Result<(), EngineError>;
+
+    /// A byte that a signal handler of the guard sets to 1 to make
+    /// [`Engine::run`] return [`Trap::Interrupted`]. For KVM it is
+    /// `kvm_run.immediate_exit`, which has no gap between the check and the
+    /// wait: a signal that comes before `KVM_RUN` sets the byte, one that
+    /// comes during it makes it return. Valid as long as the engine is.
+    fn kick_byte(&self) -> core::ptr::NonNull<core::sync::atomic::AtomicU8>;
+
+    /// File descriptors of the engine, which the program must neither use nor
+    /// close. They do not change while the engine lives, and none of them can
+    /// be opened again through `/proc/self/fd` to any effect. Engines should
+    /// move them out of the program's way with [`crate::host::move_fd_high`].
+    fn fds(&self) -> Vec<std::os::fd::RawFd>;
+}

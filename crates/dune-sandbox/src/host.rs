@@ -1,0 +1,255 @@
+//! Raw system calls of the guard.
+//!
+//! Nothing here goes through libc or touches `errno`: on the host side the
+//! guard shares its thread's TLS with other code, and in Dune mode the very
+//! same `syscall` instruction is forwarded by the Dune runtime, so this module
+//! is the whole of "forwarding" in both placements.
+
+#![expect(unsafe_code, reason = "the syscall instruction")]
+
+use core::arch::asm;
+use core::fmt;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use linux_raw_sys::{errno, general};
+
+/// An error number of the kernel, 1 to 4095.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(u16);
+
+macro_rules! errnos {
+    ($($name:ident)*) => {
+        #[expect(missing_docs, reason = "the kernel's names")]
+        impl Errno {
+            $(pub const $name: Self = Self(errno::$name as u16);)*
+
+            /// The kernel's name for it, if it is one this crate uses.
+            #[must_use]
+            pub fn name(self) -> Option<&'static str> {
+                $(if self == Self::$name { return Some(stringify!($name)); })*
+                None
+            }
+        }
+    };
+}
+
+errnos! {
+    EPERM ENOENT ESRCH EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES EFAULT
+    EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG ENOSPC
+    ESPIPE EROFS EMLINK EPIPE EDOM ERANGE EDEADLK ENAMETOOLONG ENOLCK ENOSYS ENOTEMPTY ELOOP
+    ELIBBAD EOVERFLOW EUSERS ENOTSOCK EOPNOTSUPP EAFNOSUPPORT ETIMEDOUT ENOBUFS
+}
+
+impl Errno {
+    /// From the kernel's number, or `None` outside 1 to 4095.
+    #[must_use]
+    pub const fn new(number: i32) -> Option<Self> {
+        if 0 < number && number < 4096 {
+            Some(Self(number as u16))
+        } else {
+            None
+        }
+    }
+
+    /// The kernel's number.
+    #[must_use]
+    pub const fn number(self) -> i32 {
+        self.0 as i32
+    }
+
+    /// What a failing system call leaves in `rax`.
+    #[must_use]
+    pub const fn as_rax(self) -> u64 {
+        (self.0 as i64).wrapping_neg() as u64
+    }
+
+    /// The number that a `std` error carries, or `EIO` for one without.
+    #[must_use]
+    pub fn of(error: &std::io::Error) -> Self {
+        error
+            .raw_os_error()
+            .and_then(Self::new)
+            .unwrap_or(Self::EIO)
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "errno {}", self.0),
+        }
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&std::io::Error::from_raw_os_error(self.number()), f)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+impl From<Errno> for std::io::Error {
+    fn from(errno: Errno) -> Self {
+        Self::from_raw_os_error(errno.number())
+    }
+}
+
+/// The outcome of a system call: its value or its error number.
+pub type SysResult = Result<u64, Errno>;
+
+/// Reads the kernel's answer in `rax`.
+pub(crate) const fn decode(rax: u64) -> SysResult {
+    let signed = rax as i64;
+    if -4096 < signed && signed < 0 {
+        Err(Errno(signed.wrapping_neg() as u16))
+    } else {
+        Ok(rax)
+    }
+}
+
+/// Makes the system call `nr`.
+///
+/// # Safety
+///
+/// The call with these arguments must not break memory safety of the guard:
+/// memory that the kernel writes or unmaps is the guard's to give (a buffer it
+/// owns exclusively, or user memory as told by [`crate::range::UserRange`]),
+/// and no descriptor that somebody owns is closed.
+pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
+    let rax: u64;
+    // SAFETY: the instruction itself clobbers rax, rcx and r11 only; what the
+    // kernel does to memory is the caller's promise. `nostack` is left out on
+    // purpose: in Dune mode the forwarding stub steps over the red zone.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") u64::from(nr) => rax,
+            in("rdi") args[0],
+            in("rsi") args[1],
+            in("rdx") args[2],
+            in("r10") args[3],
+            in("r8") args[4],
+            in("r9") args[5],
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    decode(rax)
+}
+
+/// Where descriptors of the guard are put: at or above the program's limit on
+/// open files, so that they neither take numbers that the program expects nor
+/// can be reached by `dup2`. If the hard limit leaves no room there, the
+/// highest free numbers below it are used.
+///
+/// Returns the moved descriptor (close-on-exec); the old one is closed.
+///
+/// # Errors
+///
+/// If the process has no descriptor left.
+pub fn move_fd_high(fd: OwnedFd) -> std::io::Result<OwnedFd> {
+    const SPARE: u64 = 64;
+    let old = get_nofile()?;
+    let roomy = old.rlim_max.saturating_sub(old.rlim_cur) >= SPARE;
+    let base = if roomy {
+        old.rlim_cur
+    } else {
+        old.rlim_cur.saturating_sub(SPARE).max(3)
+    };
+    if roomy {
+        set_nofile(&general::rlimit64 {
+            rlim_cur: old.rlim_cur + SPARE,
+            rlim_max: old.rlim_max,
+        })?;
+    }
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and touches no memory.
+    let moved = unsafe {
+        let command = u64::from(general::F_DUPFD_CLOEXEC);
+        syscall(
+            general::__NR_fcntl,
+            [fd.as_raw_fd() as u64, command, base, 0, 0, 0],
+        )
+    };
+    if roomy {
+        set_nofile(&old)?;
+    }
+    let number = moved.map_err(std::io::Error::from)? as RawFd;
+    // SAFETY: the descriptor was made above and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn get_nofile() -> std::io::Result<general::rlimit64> {
+    let mut limit = general::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let resource = u64::from(general::RLIMIT_NOFILE);
+    // SAFETY: the kernel writes one rlimit64 to `limit`, which is ours.
+    unsafe {
+        syscall(
+            general::__NR_prlimit64,
+            [
+                0,
+                resource,
+                0,
+                (&raw mut limit).expose_provenance() as u64,
+                0,
+                0,
+            ],
+        )
+    }?;
+    Ok(limit)
+}
+
+fn set_nofile(limit: &general::rlimit64) -> std::io::Result<()> {
+    let resource = u64::from(general::RLIMIT_NOFILE);
+    // SAFETY: the kernel reads one rlimit64.
+    unsafe {
+        syscall(
+            general::__NR_prlimit64,
+            [
+                0,
+                resource,
+                (&raw const *limit).expose_provenance() as u64,
+                0,
+                0,
+                0,
+            ],
+        )
+    }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_told_from_errors() {
+        assert_eq!(decode(5), Ok(5));
+        assert_eq!(decode((-2_i64) as u64), Err(Errno::ENOENT));
+        assert_eq!(decode((-4095_i64) as u64), Err(Errno(4095)));
+        assert_eq!(decode((-4096_i64) as u64), Ok((-4096_i64) as u64));
+        assert_eq!(Errno::ENOENT.as_rax() as i64, -2);
+    }
+
+    #[test]
+    fn a_moved_descriptor_works_and_is_out_of_the_way() {
+        let file = std::fs::File::open("/proc/self/stat").unwrap();
+        let limit = get_nofile().unwrap();
+        let moved = move_fd_high(file.into()).unwrap();
+        let room = limit.rlim_max - limit.rlim_cur >= 64;
+        let least = if room {
+            limit.rlim_cur
+        } else {
+            limit.rlim_cur - 64
+        };
+        assert!(moved.as_raw_fd() as u64 >= least);
+        assert_eq!(get_nofile().unwrap().rlim_cur, limit.rlim_cur);
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut std::fs::File::from(moved), &mut text).unwrap();
+        assert!(!text.is_empty());
+    }
+}
