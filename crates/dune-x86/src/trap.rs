@@ -125,7 +125,7 @@ pub struct TrapFrame {
 
 const _: () = assert!(size_of::<TrapFrame>() == 208);
 const _: () = assert!(
-    size_of::<TrapFrame>() % 16 == 0,
+    size_of::<TrapFrame>().is_multiple_of(16),
     "keeps the stack aligned (psABI 3.2.2)"
 );
 const _: () = assert!(offset_of!(TrapFrame, vector) == 120);
