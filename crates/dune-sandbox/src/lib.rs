@@ -3,3 +3,7 @@
 pub mod engine;
 pub mod host;
 pub mod range;
+#[cfg(test)]
+mod testing;
+pub mod user;
+pub mod vma;
