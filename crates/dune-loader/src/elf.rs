@@ -712,3 +712,6 @@ impl<S: ReadAt + ?Sized> Reader<'_, S> {
         CString::new(path).map_err(|_| ElfError::InterpreterNotTerminated)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,6 +61,8 @@ pub mod plan;
 pub mod program;
 pub mod shebang;
 pub mod stack;
+#[cfg(test)]
+mod test_elf;
 
 pub use addr::{NotUserAddress, PAGE_SIZE, Prot, USER_END, UserAddr, UserRange};
 pub use auxv::{AuxEntry, AuxKey, AuxvInputs, Ids, Machine, parse_auxv};

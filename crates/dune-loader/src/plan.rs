@@ -371,3 +371,6 @@ fn page_ceil(len: u64) -> u64 {
 fn non_empty(range: UserRange) -> Option<UserRange> {
     (!range.is_empty()).then_some(range)
 }
+
+#[cfg(test)]
+mod tests;

@@ -288,3 +288,6 @@ impl Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
