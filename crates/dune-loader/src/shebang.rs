@@ -133,3 +133,89 @@ fn c_string(bytes: &[u8]) -> CString {
     let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
     CString::new(text).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(start: &[u8]) -> Result<(String, Option<String>), ShebangError> {
+        let text = |string: CString| string.into_string().unwrap();
+        Shebang::parse(start)
+            .expect("a script")
+            .map(|line| (text(line.interpreter), line.argument.map(text)))
+    }
+
+    fn line(
+        interpreter: &str,
+        argument: Option<&str>,
+    ) -> Result<(String, Option<String>), ShebangError> {
+        Ok((interpreter.to_owned(), argument.map(str::to_owned)))
+    }
+
+    #[test]
+    fn other_files_are_no_scripts() {
+        for start in [&b""[..], b"#", b" #!/bin/sh\n", b"\x7fELF"] {
+            assert_eq!(Shebang::parse(start), None);
+        }
+    }
+
+    #[test]
+    fn all_after_the_interpreter_is_one_argument() {
+        assert_eq!(parse(b"#!/bin/sh\n"), line("/bin/sh", None));
+        assert_eq!(parse(b"#! \t/bin/sh \t\n"), line("/bin/sh", None));
+        assert_eq!(
+            parse(b"#!/bin/sh -e -u \n-x"),
+            line("/bin/sh", Some("-e -u"))
+        );
+        assert_eq!(
+            parse(b"#!/bin/sh\r\n"),
+            line("/bin/sh\r", None),
+            "as Linux sees it"
+        );
+    }
+
+    #[test]
+    fn a_line_without_an_interpreter_is_an_error() {
+        for start in [
+            &b"#!\n"[..],
+            b"#! \t \n/bin/sh",
+            &[&b"#!"[..], &[b' '; 300]].concat(),
+        ] {
+            assert_eq!(parse(start), Err(ShebangError::NoInterpreter));
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_file_ends_the_line() {
+        assert_eq!(parse(b"#!/bin/sh"), line("/bin/sh", None));
+        assert_eq!(
+            parse(b"#!/bin/sh -e "),
+            line("/bin/sh", Some("-e ")),
+            "blanks stay"
+        );
+        assert_eq!(parse(b"#!/bin/sh "), line("/bin/sh", Some("")));
+        assert_eq!(parse(b"#!"), line("", None));
+        assert_eq!(parse(b"#!/bin/sh\0 -e\n"), line("/bin/sh", None));
+    }
+
+    #[test]
+    fn a_path_must_end_within_the_limit() {
+        let script = |len: usize, rest: &[u8]| [&b"#!/"[..], &vec![b'x'; len - 3], rest].concat();
+        for (len, rest) in [(254, &b"\n"[..]), (255, b"\n"), (255, b" -e\n")] {
+            let expected = format!("/{}", "x".repeat(len - 3));
+            assert_eq!(parse(&script(len, rest)), line(&expected, None), "{len}");
+        }
+        assert_eq!(parse(&script(256, b"\n")), Err(ShebangError::PathTooLong));
+        assert_eq!(parse(&script(9999, b"")), Err(ShebangError::PathTooLong));
+    }
+
+    #[test]
+    fn a_long_argument_is_cut() {
+        let (interpreter, argument) = parse(&[b"#!/bin/sh ", &[b'x'; 300][..]].concat()).unwrap();
+        assert_eq!(interpreter, "/bin/sh");
+        assert_eq!(
+            argument,
+            Some("x".repeat(SHEBANG_LIMIT - 1 - "#!/bin/sh ".len()))
+        );
+    }
+}
