@@ -10,7 +10,10 @@
 extern crate std;
 
 pub mod addr;
+pub mod cpu;
 pub mod descriptors;
+pub mod frame;
 pub mod paging;
+pub mod pcid;
 pub mod regs;
 pub mod trap;
