@@ -1,6 +1,6 @@
 #![no_main]
 
-#[allow(dead_code, unreachable_pub, reason = "shared with the other targets and tests")]
+#[allow(dead_code, reason = "each target uses its own part")]
 #[path = "../../crates/dune-loader/tests/invariants/mod.rs"]
 mod invariants;
 
