@@ -15,12 +15,14 @@ use crate::error::{LabError, io_error};
 /// The agent, compiled by the build script.
 pub(crate) const AGENT: &[u8] = include_bytes!(env!("DUNE_LAB_AGENT"));
 
+/// Writes the archive to a file.
+pub(crate) fn write(modules: &[PathBuf], target: &Path) -> Result<(), LabError> {
+    std::fs::write(target, build(modules)?)
+        .map_err(io_error(format!("write {}", target.display())))
+}
+
 /// Builds the archive: agent, modules, and the folders the agent mounts on.
-///
-/// # Errors
-///
-/// When a module cannot be read.
-pub(crate) fn build(modules: &[PathBuf]) -> Result<Vec<u8>, LabError> {
+fn build(modules: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
     for folder in ["dev", "proc", "sys", "modules", "tmp", "root"] {
         archive.folder(folder);

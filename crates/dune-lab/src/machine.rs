@@ -178,22 +178,40 @@ impl Machine {
     /// Writes the state of the devices into `path`; the memory is in the file
     /// it was started with. The machine stops for good.
     pub(crate) fn save(&mut self, path: &Path) -> Result<(), LabError> {
-        self.monitor.ignore_shared_memory()?;
-        self.monitor.call("stop", json!({}))?;
-        // A shell of the emulator's runs this.
-        let quoted = path.to_string_lossy().replace('\'', r"'\''");
-        let uri = format!("exec:cat > '{quoted}'");
-        self.monitor.call("migrate", json!({ "uri": uri }))?;
-        self.monitor.wait_for_migration()
+        let uri = format!("exec:cat > {}", shell_quoted(path)?);
+        let save = |monitor: &mut Monitor| {
+            monitor.ignore_shared_memory()?;
+            // Not stopped by hand: it would wake up stopped.
+            monitor.call("migrate", json!({ "uri": uri }))?;
+            monitor.wait_for_migration()
+        };
+        save(&mut self.monitor).map_err(|error| self.explain(error, "while it was saved"))
     }
 
     /// Loads the state of the devices and lets the machine run.
     pub(crate) fn wake(&mut self, path: &Path) -> Result<(), LabError> {
-        self.monitor.ignore_shared_memory()?;
-        let quoted = path.to_string_lossy().replace('\'', r"'\''");
-        let uri = format!("exec:cat '{quoted}'");
-        self.monitor.call("migrate-incoming", json!({ "uri": uri }))?;
-        Ok(())
+        let uri = format!("exec:cat {}", shell_quoted(path)?);
+        let wake = |monitor: &mut Monitor| {
+            monitor.ignore_shared_memory()?;
+            monitor.call("migrate-incoming", json!({ "uri": uri })).map(drop)
+        };
+        wake(&mut self.monitor).map_err(|error| self.explain(error, "while it woke up"))
+    }
+
+    /// Says what the emulator said when it fell silent.
+    fn explain(&mut self, error: LabError, during: &'static str) -> LabError {
+        match error {
+            LabError::Io { .. } => {
+                // It closed the monitor because it is ending: let it finish its words.
+                let _ = self.process.wait();
+                LabError::Died {
+                    during,
+                    emulator: self.messages(),
+                    console: self.console(),
+                }
+            }
+            other => other,
+        }
     }
 
     /// What the guest's kernel wrote to its console last.
@@ -214,6 +232,17 @@ impl Drop for Machine {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A path as one word of the shell that the emulator starts.
+fn shell_quoted(path: &Path) -> Result<String, LabError> {
+    let text = path.to_str().ok_or_else(|| {
+        LabError::Options(format!(
+            "the cache folder {} is not UTF-8; set XDG_CACHE_HOME to another",
+            path.display()
+        ))
+    })?;
+    Ok(format!("'{}'", text.replace('\'', r"'\''")))
 }
 
 /// The 9p tag of the shared folder with this number.
@@ -301,7 +330,9 @@ impl Monitor {
                 .read_line(&mut line)
                 .map_err(io_error("listen to the emulator"))?;
             if count == 0 {
-                return Err(LabError::Protocol("QEMU closed its monitor".to_owned()));
+                return Err(io_error("listen to the emulator")(
+                    std::io::ErrorKind::UnexpectedEof.into(),
+                ));
             }
             let message: Value = serde_json::from_str(&line)
                 .map_err(|error| LabError::Protocol(format!("QEMU's monitor: {error}: {line}")))?;

@@ -83,7 +83,10 @@ impl Session {
         let qemu = tools::QEMU.require()?;
         let kernel = Kernel::get(config.kernel.as_deref())?;
         let session = if config.cold {
-            Session::boot(&qemu, &config, &kernel, Memory::Fresh)?
+            let folder = tempfile::tempdir().map_err(io_error("create a temporary folder"))?;
+            let initramfs = folder.path().join("initramfs");
+            initramfs::write(&kernel.modules, &initramfs)?;
+            Session::boot(&qemu, &config, &kernel, &initramfs, Memory::Fresh)?
         } else {
             state::wake(&qemu, &config, &kernel)?
         };
@@ -99,17 +102,10 @@ impl Session {
         qemu: &Path,
         config: &Config,
         kernel: &Kernel,
+        initramfs: &Path,
         memory: Memory<'_>,
     ) -> Result<Session, LabError> {
-        let archive = initramfs::build(&kernel.modules)?;
-        let mut file = tempfile::Builder::new()
-            .prefix("dune-lab-")
-            .suffix(".cpio")
-            .tempfile()
-            .map_err(io_error("create the initial file system"))?;
-        file.write_all(&archive)
-            .map_err(io_error("write the initial file system"))?;
-        let machine = Machine::start(qemu, config, &kernel.image, file.path(), memory)?;
+        let machine = Machine::start(qemu, config, &kernel.image, initramfs, memory)?;
         let session = Session::around(machine, config)?;
         let deadline = Instant::now() + BOOT_PATIENCE;
         match session.next_frame(Some(deadline), "while it booted")? {

@@ -21,6 +21,10 @@ use crate::wire;
 /// States that nobody woke for so long are removed when another is made.
 const KEEP_UNUSED: std::time::Duration = std::time::Duration::from_secs(3 * 24 * 3600);
 
+/// The initial file system it booted with: in the memory already, but QEMU
+/// insists on the same machine.
+const INITRAMFS: &str = "initramfs";
+
 /// Wakes the state for this configuration; makes it first if there is none.
 pub(crate) fn wake(qemu: &Path, config: &Config, kernel: &Kernel) -> Result<Session, LabError> {
     let folder = folder_for(qemu, config, kernel)?;
@@ -59,7 +63,9 @@ fn folder_for(qemu: &Path, config: &Config, kernel: &Kernel) -> Result<PathBuf, 
 
 fn make(qemu: &Path, config: &Config, kernel: &Kernel, draft: &Path) -> Result<(), LabError> {
     let ram = draft.join("ram");
-    let mut session = Session::boot(qemu, config, kernel, Memory::Saving(&ram))?;
+    let initramfs = draft.join(INITRAMFS);
+    initramfs::write(&kernel.modules, &initramfs)?;
+    let mut session = Session::boot(qemu, config, kernel, &initramfs, Memory::Saving(&ram))?;
     session.machine().save(&draft.join("devices"))
 }
 
@@ -70,9 +76,9 @@ fn wake_from(
     folder: &Path,
 ) -> Result<Session, LabError> {
     let ram = folder.join("ram");
-    // The initial file system is part of the memory already; QEMU only wants
-    // to see a file of that name.
-    let mut machine = Machine::start(qemu, config, &kernel.image, Path::new("/dev/null"), Memory::Waking(&ram))?;
+    let initramfs = folder.join(INITRAMFS);
+    let mut machine =
+        Machine::start(qemu, config, &kernel.image, &initramfs, Memory::Waking(&ram))?;
     machine.wake(&folder.join("devices"))?;
     // Its time says when it was used last.
     let _ = std::fs::File::create(folder.join("used"));
