@@ -199,10 +199,10 @@ impl ImageError {
             | Self::NotExecutable { .. }
             | Self::NotReadable { .. } => Errno::ACCESS,
             Self::Lookup { errno, .. } | Self::Read { errno, .. } => *errno,
-            Self::Empty { .. }
-            | Self::NoShebang { .. }
-            | Self::UnknownFormat { .. }
-            | Self::Shebang { .. } => Errno::NOEXEC,
+            Self::Empty { .. } | Self::NoShebang { .. } | Self::UnknownFormat { .. } => {
+                Errno::NOEXEC
+            }
+            Self::Shebang { reason, .. } => reason.errno(),
             Self::TooManyScripts { .. } => Errno::LOOP,
             Self::ScriptInterpreter { error, .. } => error.errno(),
             Self::Elf { reason, .. } => match reason {

@@ -12,6 +12,7 @@
 
 use std::ffi::CString;
 
+use rustix::io::Errno;
 use thiserror::Error;
 
 /// How many bytes of a script are looked at (`BINPRM_BUF_SIZE`).
@@ -26,24 +27,39 @@ pub const SCRIPT_DEPTH_LIMIT: usize = 5;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shebang {
     /// The interpreter's path, absolute or relative to the working directory.
-    /// Empty when the line is a bare `#!` at the end of the file.
+    /// Never empty.
     pub interpreter: CString,
     /// All that follows the interpreter, as one argument.
     pub argument: Option<CString>,
 }
 
-/// Why a line that begins with `#!` cannot be used; Linux says `ENOEXEC`.
+/// Why a line that begins with `#!` cannot be used.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ShebangError {
     /// Nothing but blanks follows `#!`.
     #[error("the `#!` line names no interpreter; write its path there, such as `#!/bin/sh`")]
     NoInterpreter,
+    /// The file ends, or a NUL stands, where the path should begin. Linux takes
+    /// the empty path for the working directory, and says `EACCES`.
+    #[error("the file ends where its `#!` line should name an interpreter, such as `#!/bin/sh`")]
+    EmptyName,
     /// The interpreter's path is cut at [`SHEBANG_LIMIT`].
     #[error(
         "the interpreter's path in the `#!` line reaches past byte {SHEBANG_LIMIT}, where Linux \
          stops reading; use a shorter path, or `#!/usr/bin/env NAME`"
     )]
     PathTooLong,
+}
+
+impl ShebangError {
+    /// The errno that `execve` gives.
+    #[must_use]
+    pub fn errno(self) -> Errno {
+        match self {
+            Self::NoInterpreter | Self::PathTooLong => Errno::NOEXEC,
+            Self::EmptyName => Errno::ACCESS,
+        }
+    }
 }
 
 impl Shebang {
@@ -104,6 +120,9 @@ impl Shebang {
         let name = first_in(2, end, is_not_blank)
             .filter(|&name| name != end)
             .ok_or(ShebangError::NoInterpreter)?;
+        if line[name] == 0 {
+            return Err(ShebangError::EmptyName);
+        }
         let name_end = first_in(name, end, is_terminator).unwrap_or(end);
         let argument = match line[name_end] {
             blank if is_blank(blank) => first_in(name_end, end, is_not_blank),
@@ -194,7 +213,8 @@ mod tests {
             "blanks stay"
         );
         assert_eq!(parse(b"#!/bin/sh "), line("/bin/sh", Some("")));
-        assert_eq!(parse(b"#!"), line("", None));
+        assert_eq!(parse(b"#!"), Err(ShebangError::EmptyName));
+        assert_eq!(parse(b"#! \0/bin/sh\n"), Err(ShebangError::EmptyName));
         assert_eq!(parse(b"#!/bin/sh\0 -e\n"), line("/bin/sh", None));
     }
 

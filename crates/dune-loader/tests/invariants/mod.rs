@@ -132,7 +132,10 @@ pub(crate) fn check_shebang(bytes: &[u8]) {
     match parsed {
         Some(Ok(line)) => {
             let name = line.interpreter.as_bytes();
-            assert!(!name.iter().any(|byte| b" \t\n".contains(byte)), "{line:?}");
+            assert!(
+                !name.is_empty() && !name.iter().any(|byte| b" \t\n".contains(byte)),
+                "{line:?}"
+            );
             let argument = line.argument.iter().map(|text| text.as_bytes());
             for part in argument.chain([name]) {
                 assert!(!part.contains(&b'\n'));
