@@ -1,1 +1,5 @@
+//! Page tables over a vector, edited while a simulated CPU uses them.
 
+mod machine;
+mod model;
+mod promises;
