@@ -104,7 +104,7 @@ impl Model {
         let mut samples = BTreeSet::new();
         for (&start, run) in &self.0 {
             let last = start + (run.bytes - PAGE);
-            samples.extend([start, last, start + (run.bytes / 2 & !(PAGE - 1))]);
+            samples.extend([start, last, start + ((run.bytes / 2) & !(PAGE - 1))]);
             samples.extend(start.checked_sub(PAGE));
             samples.extend(last.checked_add(PAGE));
         }
@@ -254,7 +254,7 @@ fn op() -> impl Strategy<Value = Op> {
         5 => (address(), length(), physical(), any::<bool>(), size(), attributes()).prop_map(
             |(at, bytes, to, alike, largest, flags)| {
                 // Only ranges that large pages fit are long: tables are few.
-                let to = if alike { to & !0x3fff_ffff | at & 0x3fff_ffff } else { to };
+                let to = if alike { (to & !0x3fff_ffff) | (at & 0x3fff_ffff) } else { to };
                 let alike = alike && largest > PageSize::Size4KiB;
                 let bytes = if alike { bytes } else { bytes & 0x7f_ffff };
                 Op::MapRange { at, bytes: bytes.max(PAGE), to, largest, flags }
@@ -365,7 +365,7 @@ impl Trial<'_> {
             Op::Protect { at, bytes, flags } => {
                 let change = Change::protection(flags);
                 self.change(clip(at, bytes), change, |old| {
-                    old - PteFlags::PROTECTION | flags
+                    (old - PteFlags::PROTECTION) | flags
                 });
             }
             Op::Key { at, bytes, key } => {
@@ -378,7 +378,7 @@ impl Trial<'_> {
                         assert_eq!(self.model.at(at).unwrap().1, lasting(leaf.flags()));
                         self.model.edit(leaf.va.as_u64(), leaf.size.bytes(), |run| {
                             Some(Run {
-                                flags: run.flags - PteFlags::PROTECTION | flags,
+                                flags: (run.flags - PteFlags::PROTECTION) | flags,
                                 ..run
                             })
                         });
@@ -399,7 +399,7 @@ impl Trial<'_> {
                         assert_eq!(self.model.at(at).unwrap().1, old);
                         self.model.edit(at, PAGE, |run| {
                             Some(Run {
-                                flags: run.flags - PteFlags::PROTECTION | flags,
+                                flags: (run.flags - PteFlags::PROTECTION) | flags,
                                 ..run
                             })
                         });
