@@ -370,6 +370,20 @@ impl Vcpu {
         unsafe { self.request(ioctl::KVM_SET_XSAVE, area as usize) }.map(drop)
     }
 
+    /// Drops every exception and interrupt that waits for the guest.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    ///
+    /// # Safety
+    /// The vCPU must not be running.
+    pub unsafe fn clear_events(&self) -> Result<(), Errno> {
+        // SAFETY: plain integers; zero means that nothing waits.
+        let events: kvm::kvm_vcpu_events = unsafe { zeroed() };
+        // SAFETY: KVM reads the structure.
+        unsafe { self.request(ioctl::KVM_SET_VCPU_EVENTS, &raw const events as usize) }.map(drop)
+    }
+
     /// Injects a page fault, as though the instruction at the guest's `rip` had raised it.
     ///
     /// # Errors

@@ -1,0 +1,35 @@
+//! Why Dune mode could not be entered.
+
+use dune_kvm::sys::Errno;
+use dune_kvm::vm::VmError;
+
+/// Why Dune mode could not be entered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnterError {
+    /// KVM is there, but cannot run ring 0 natively; or it is not there.
+    #[error(
+        "Dune mode needs a KVM that runs ring 0 natively, and {reason}; `dune lab -- CMD` runs the program in the lab instead"
+    )]
+    Unusable {
+        /// What the probe found.
+        reason: String,
+    },
+    /// KVM refused something.
+    #[error(transparent)]
+    Platform(VmError),
+    /// No memory for the runtime's own structures.
+    #[error(
+        "no memory for a thread's stacks or for page tables ({0}); is a limit set (ulimit -v)?"
+    )]
+    Memory(Errno),
+    /// The process's own memory map could not be read.
+    #[error("cannot read /proc/self/maps ({0}); is /proc mounted?")]
+    Maps(std::io::Error),
+    /// As many threads are in Dune mode as there can be.
+    #[error("{limit} threads are in Dune mode already, and there can be no more")]
+    TooManyThreads {
+        /// The limit.
+        limit: usize,
+    },
+}

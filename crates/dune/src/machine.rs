@@ -1,0 +1,173 @@
+//! The process's machine: one VM, the process's own page tables, the interrupt table.
+#![expect(
+    unsafe_code,
+    reason = "the interrupt table is written once, before any vCPU exists"
+)]
+
+use core::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use dune_kvm::sys;
+use dune_kvm::vm::Vm;
+use dune_x86::descriptors::Gate;
+use dune_x86::trap::vector;
+
+use crate::arch;
+use crate::error::EnterError;
+use crate::memory::identity::{IdentityTables, high};
+use crate::options::Options;
+
+const VECTORS: usize = 256;
+const STUB_SIZE: u64 = 16;
+const INTERRUPT_IST: u8 = 1;
+const FATAL_IST: u8 = 2;
+
+/// What all threads in Dune mode share.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vm: Vm,
+    tables: IdentityTables,
+    interrupt_table: u64,
+    /// The process that the VM belongs to; another one after a `fork`.
+    owner: AtomicI32,
+}
+
+static MACHINE: OnceLock<Machine> = OnceLock::new();
+static SETTING_UP: Mutex<()> = Mutex::new(());
+
+impl Machine {
+    /// The machine, set up by the first call. Outside Dune mode only.
+    pub(crate) fn get_or_create(options: &Options) -> Result<&'static Self, EnterError> {
+        if let Some(machine) = MACHINE.get() {
+            return Ok(machine);
+        }
+        let _guard = SETTING_UP.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(machine) = MACHINE.get() {
+            return Ok(machine);
+        }
+        crate::host::base::prepare();
+        crate::rseq::prepare();
+        let machine = Self::create(options)?;
+        crate::signals::adopt_handlers();
+        Ok(MACHINE.get_or_init(|| machine))
+    }
+
+    /// The machine, if there is one. Either side.
+    #[inline]
+    pub(crate) fn get() -> Option<&'static Self> {
+        MACHINE.get()
+    }
+
+    fn create(options: &Options) -> Result<Self, EnterError> {
+        let vm = match options.physical_bits {
+            Some(bits) => Vm::with_physical_bits(bits),
+            None => Vm::new(),
+        }
+        .map_err(EnterError::Platform)?;
+        crate::host::fault::prepare();
+        let tables = IdentityTables::new(&vm)?;
+        let interrupt_table = sys::map_anonymous(VECTORS * size_of::<Gate>())
+            .map_err(EnterError::Memory)?
+            .cast::<Gate>();
+        let stubs = high(arch::address(arch::dune_vectors));
+        for number in 0..VECTORS {
+            let ist = match number as u8 {
+                vector::DOUBLE_FAULT | vector::NMI | vector::MACHINE_CHECK => FATAL_IST,
+                _ => INTERRUPT_IST,
+            };
+            let ring = match number as u8 {
+                vector::BREAKPOINT | vector::OVERFLOW => 3,
+                _ => 0,
+            };
+            let gate = Gate::interrupt(stubs + number as u64 * STUB_SIZE, ist, ring);
+            // SAFETY: the table has room for every vector.
+            unsafe { interrupt_table.add(number).write(gate) };
+        }
+        let machine = Self {
+            vm,
+            tables,
+            interrupt_table: interrupt_table as u64,
+            owner: AtomicI32::new(sys::getpid()),
+        };
+        machine.cover(machine.interrupt_table, 4096)?;
+        machine.cover_process()?;
+        Ok(machine)
+    }
+
+    /// Windows over everything that the process has mapped now. What it maps later gets a
+    /// window when it is first touched.
+    fn cover_process(&self) -> Result<(), EnterError> {
+        let maps = std::fs::read_to_string("/proc/self/maps").map_err(EnterError::Maps)?;
+        for line in maps.lines() {
+            let Some((start, end)) = parse_range(line) else {
+                continue;
+            };
+            // What is reserved by the terabyte is covered where it is touched.
+            const LARGEST_COVERED_AT_ONCE: u64 = 4 << 30;
+            if end <= 1 << 47 && end - start <= LARGEST_COVERED_AT_ONCE {
+                self.cover(start, end - start)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    pub(crate) fn tables(&self) -> &IdentityTables {
+        &self.tables
+    }
+
+    pub(crate) fn interrupt_table(&self) -> u64 {
+        self.interrupt_table
+    }
+
+    pub(crate) fn xsave_size(&self) -> u32 {
+        self.vm.host().xsave_size
+    }
+
+    pub(crate) fn xcr0(&self) -> u64 {
+        self.vm.host().xcr0
+    }
+
+    /// Root of the process's own page tables.
+    pub(crate) fn cr3(&self) -> u64 {
+        self.tables.root()
+    }
+
+    /// Makes sure that the guest reaches `length` bytes at `start`. Either side; no
+    /// allocation, no lock.
+    pub(crate) fn cover(&self, start: u64, length: u64) -> Result<(), EnterError> {
+        self.tables.cover(&self.vm, start, length)
+    }
+
+    /// Whether this process is the one that the VM belongs to.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.owner.load(Ordering::Relaxed) == sys::getpid()
+    }
+
+    /// In the child of a `fork`: a VM for this process. See [`Vm::renew`].
+    pub(crate) fn renew(&self) -> Result<(), EnterError> {
+        for area in crate::thread::ThreadArea::all() {
+            // SAFETY: this is the only thread of the new process.
+            let area = unsafe { &mut *area.as_ptr() };
+            if let Some(vcpu) = area.vcpu.take() {
+                vcpu.close_inherited();
+            }
+            area.state.store(crate::thread::FREE, Ordering::Relaxed);
+        }
+        self.vm.renew().map_err(EnterError::Platform)?;
+        self.owner.store(sys::getpid(), Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn parse_range(line: &str) -> Option<(u64, u64)> {
+    let (start, rest) = line.split_once('-')?;
+    let (end, _) = rest.split_once(' ')?;
+    Some((
+        u64::from_str_radix(start, 16).ok()?,
+        u64::from_str_radix(end, 16).ok()?,
+    ))
+}
