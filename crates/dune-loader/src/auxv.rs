@@ -236,3 +236,41 @@ impl AuxvInputs<'_> {
             .map(|(key, value)| AuxEntry { key, value })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes_of(pairs: &[(AuxKey, u64)]) -> Vec<u8> {
+        pairs
+            .iter()
+            .flat_map(|(key, value)| [key.0, *value])
+            .flat_map(u64::to_le_bytes)
+            .collect()
+    }
+
+    #[test]
+    fn a_vector_is_read_up_to_its_end() {
+        let uid = AuxEntry {
+            key: AuxKey::UID,
+            value: 7,
+        };
+        let whole = bytes_of(&[(AuxKey::UID, 7), (AuxKey::NULL, 0), (AuxKey::GID, 8)]);
+        assert_eq!(parse_auxv(&whole).collect::<Vec<_>>(), [uid]);
+        assert_eq!(
+            parse_auxv(&whole[..16 + 15]).collect::<Vec<_>>(),
+            [uid],
+            "cut"
+        );
+        assert_eq!(parse_auxv(&[]).next(), None);
+    }
+
+    #[test]
+    fn the_machine_is_the_host_s_less_what_a_virtual_cpu_lacks() {
+        let told = bytes_of(&[(AuxKey::HWCAP, 0xbfeb), (AuxKey::HWCAP2, 3)]);
+        let machine = Machine::from_auxv(&told);
+        assert_eq!((machine.hwcap, machine.hwcap2), (0xbfeb, 2));
+        assert_eq!((machine.clock_ticks, machine.min_signal_stack), (100, 3632));
+        assert!(Machine::of_host().unwrap().hwcap != 0);
+    }
+}

@@ -246,3 +246,79 @@ pub(crate) fn lookup_error(path: &Path, errno: Errno) -> ImageError {
         errno => ImageError::Lookup { path, errno },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Causes that tests running as root do not meet.
+    #[test]
+    fn every_cause_has_its_errno_and_exit_code() {
+        let path = || PathBuf::from("/some/path");
+        let boxed = |error| Box::new(error);
+        let not_elf = || ImageError::Elf {
+            path: path(),
+            reason: ElfError::BadMagic,
+        };
+        let cases = [
+            (lookup_error(&path(), Errno::ACCESS), Errno::ACCESS, 126),
+            (lookup_error(&path(), Errno::MFILE), Errno::MFILE, 126),
+            (ImageError::NotReadable { path: path() }, Errno::ACCESS, 126),
+            (
+                ImageError::Read {
+                    path: path(),
+                    errno: Errno::IO,
+                },
+                Errno::IO,
+                126,
+            ),
+            (not_elf(), Errno::NOEXEC, 126),
+            (
+                ImageError::DynamicLinker {
+                    program: path(),
+                    error: boxed(not_elf()),
+                },
+                Errno::LIBBAD,
+                126,
+            ),
+            (
+                ImageError::ScriptInterpreter {
+                    script: path(),
+                    error: boxed(not_elf()),
+                },
+                Errno::NOEXEC,
+                126,
+            ),
+            (
+                ImageError::Elf {
+                    path: path(),
+                    reason: ElfError::Io(std::io::Error::from_raw_os_error(5)),
+                },
+                Errno::IO,
+                126,
+            ),
+            (
+                StackError::StringTooLong { len: 1 << 20 }.into(),
+                Errno::TOOBIG,
+                126,
+            ),
+        ];
+        for (error, errno, exit_code) in cases {
+            assert_eq!(
+                (error.errno(), error.exit_code()),
+                (errno, exit_code),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_message_is_one_line_whatever_the_path() {
+        use std::os::unix::ffi::OsStrExt;
+        assert_eq!(
+            shown(OsStr::from_bytes(b"a\nb\x1b[31m\xff")),
+            "a\\nb\\u{1b}[31m\u{fffd}"
+        );
+        assert_eq!(shown(""), "\"\"");
+    }
+}

@@ -11,7 +11,8 @@
 //!    ([`shebang`]), open its dynamic linker;
 //! 2. [`elf`]: check the headers of both;
 //! 3. [`plan`]: give every segment its place in user memory ([`addr`]);
-//! 4. [`stack`] and [`auxv`]: lay out the first stack;
+//! 4. [`stack`] and [`auxv`]: lay out the first stack ([`vdso`] finds what a
+//!    vDSO offers, for callers that show one to the program);
 //! 5. map the segments, copy the stack, and start at [`LoadPlan::start`] with
 //!    the stack pointer at [`StackImage::sp`] and every other register zero
 //!    (the psABI gives rdx a meaning: a function for `atexit`, so 0 for none).
@@ -63,6 +64,7 @@ pub mod shebang;
 pub mod stack;
 #[cfg(test)]
 mod test_elf;
+pub mod vdso;
 
 pub use addr::{NotUserAddress, PAGE_SIZE, Prot, USER_END, UserAddr, UserRange};
 pub use auxv::{AuxEntry, AuxKey, AuxvInputs, Ids, Machine, parse_auxv};
@@ -72,3 +74,4 @@ pub use plan::{ImagePart, InterpreterPlan, Layout, LoadPlan, PlanError, SegmentM
 pub use program::{Image, Program, find_command};
 pub use shebang::{SCRIPT_DEPTH_LIMIT, SHEBANG_LIMIT, Shebang, ShebangError};
 pub use stack::{InitialStack, STRING_LIMIT, StackError, StackImage};
+pub use vdso::{Vdso, VdsoError};
