@@ -64,12 +64,14 @@ impl std::fmt::Display for ImagePart {
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PlanError {
-    /// A fixed program has addresses outside the user range.
+    /// A fixed image has addresses outside the user range.
     #[error(
-        "the program can only run at {start:#x}..{end:#x}, outside the memory for programs \
+        "{part} can only run at {start:#x}..{end:#x}, outside the memory for programs \
          ({user_range}); link it as a position-independent executable (-pie)"
     )]
     FixedOutsideRange {
+        /// The image.
+        part: ImagePart,
         /// Its first page.
         start: u64,
         /// The end of its last page.
