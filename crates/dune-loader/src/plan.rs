@@ -285,6 +285,7 @@ impl Placed {
                 (
                     Some(0),
                     PlanError::FixedOutsideRange {
+                        part,
                         start,
                         end,
                         user_range,
