@@ -90,6 +90,7 @@ impl Machine {
             owner: AtomicI32::new(sys::getpid()),
         };
         machine.cover(machine.interrupt_table, 4096)?;
+        crate::memory::stack::grow_main_stack();
         machine.cover_process()?;
         Ok(machine)
     }
@@ -163,7 +164,7 @@ impl Machine {
     }
 }
 
-fn parse_range(line: &str) -> Option<(u64, u64)> {
+pub(crate) fn parse_range(line: &str) -> Option<(u64, u64)> {
     let (start, rest) = line.split_once('-')?;
     let (end, _) = rest.split_once(' ')?;
     Some((

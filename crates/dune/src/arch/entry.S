@@ -497,8 +497,9 @@ dune_safe_abort:
     pop     %r12
     ret
 
-// Host side: clone. rdi = number, rsi = argument array (5), rdx = area of the child.
-// The child starts on its own host stack, which the arguments name, and never returns here.
+// Host side: clone. rdi = number, rsi = argument array (5), rdx = area of the child, or 0.
+// A child with an area starts on its own host stack, which the arguments name, and never
+// returns here. One without has a copy of this stack, and returns 0.
     .globl  dune_host_clone
 dune_host_clone:
     push    %rbx
@@ -512,10 +513,13 @@ dune_host_clone:
     mov     32(%r11), %r8
     syscall
     test    %rax, %rax
-    jz      1f
+    jnz     1f
+    test    %rbx, %rbx
+    jnz     2f
+1:
     pop     %rbx
     ret
-1:
+2:
     xor     %ebp, %ebp
     mov     %rbx, %rdi
     call    {child_start}

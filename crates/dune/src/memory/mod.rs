@@ -5,6 +5,7 @@ use dune_x86::trap::PageFaultError;
 use crate::machine::Machine;
 
 pub(crate) mod identity;
+pub(crate) mod stack;
 
 /// Makes sure that the guest reaches the GiB around an address. `false` where it cannot.
 pub(crate) fn cover(machine: &Machine, address: u64) -> bool {
