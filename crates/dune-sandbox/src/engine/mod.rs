@@ -41,6 +41,7 @@
 //! at the next fault.
 
 pub mod mock;
+pub mod on_host;
 
 use crate::range::PageRange;
 

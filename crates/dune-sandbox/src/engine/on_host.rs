@@ -1,0 +1,758 @@
+//! The engine of the placement "on host": ring 3 in a vCPU, everything else
+//! outside of it.
+//!
+//! ```text
+//!   ring 3 of the guest           ring 0 of the guest         the host side
+//!   -------------------           -------------------         -------------
+//!   SYSCALL ------------------->  landing: out  ------------>  Trap::Syscall
+//!     (weak KVM: the landing is at ring 3 too)
+//!   page fault, #UD, int3 ----->  vector's stub: out ------->  Trap::PageFault, ...
+//!   <---------------------------  iretq  <-------------------  run
+//!   <--------------------------------------------------------  run (weak KVM, after SYSCALL)
+//! ```
+//!
+//! Ring 0 of the guest holds nothing but stubs of one `out` each ([`layout`]),
+//! so the engine works under a KVM that interprets ring 0 as well as under one
+//! that runs it. Registers go in and out through the area that KVM shares
+//! (`KVM_CAP_SYNC_REGS`), so that a trap costs one system call, `KVM_RUN`.
+//!
+//! # Where the vCPU stands
+//!
+//! ```text
+//!             run                      out of a stub at ring 0
+//!   Ring3 ----------> (ring 3 runs) -----------------------------> Ring0
+//!     ^                 |  ^                                         |
+//!     |  landing at     |  |     run: frame on the stack, iretq      |
+//!     +-----------------+  +-----------------------------------------+
+//!       ring 3, signal
+//! ```
+//!
+//! At `Ring3` the registers are the program's own and are set as they are. At
+//! `Ring0` the program's `rip`, `rflags` and `rsp` go into the frame on the
+//! guard's stack and the vCPU continues at an `iretq`.
+//!
+//! # Page tables
+//!
+//! Filled when the program faults, a whole block of them at a time, and more
+//! where it runs through memory in order. A weak KVM shadows them and does not
+//! see them change; that the engine takes entries away only ahead of a change
+//! of the host's mapping ([`Engine::revoke`]) makes up for it.
+#![expect(
+    unsafe_code,
+    reason = "the guard's pages in the guest and the kick byte"
+)]
+
+mod arenas;
+mod layout;
+mod machine;
+
+use core::mem::offset_of;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU8, Ordering};
+use std::os::fd::RawFd;
+use std::rc::Rc;
+
+use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
+use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
+use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
+use dune_x86::trap::vector;
+use kvm_bindings::kvm_regs;
+
+use self::arenas::{Handle, Memory, Short};
+use self::layout::{Frame, Stub};
+use self::machine::{Exit, KVM_XSAVE_BYTES, Machine};
+use super::{Access, Engine, EngineError, PageFaultError, Trap, UserRegs, UserState};
+use crate::range::PageRange;
+
+const PAGE: u64 = 4096;
+
+/// What one fault admits at least, where the area goes that far: the pages of
+/// one table.
+const BLOCK: u64 = PAGE * 512;
+/// What one fault admits at most.
+const MOST_AHEAD: u64 = 64 << 20;
+
+/// The first address that is not canonical.
+const LOWER_HALF_END: u64 = 1 << 47;
+
+/// Where the vCPU stands between two runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stand {
+    /// At ring 3: registers are the program's.
+    Ring3,
+    /// At ring 0, in a stub of the guard.
+    Ring0,
+}
+
+/// The engine. See the module documentation.
+///
+/// Fields are dropped in order: the vCPU and the VM before their memory.
+#[derive(Debug)]
+pub struct OnHost {
+    machine: Machine,
+    tables: PageTable<Handle, Handle>,
+    memory: Rc<Memory>,
+    stack: NonNull<u8>,
+    scratch: NonNull<u8>,
+    stand: Stand,
+    /// The segment bases that the vCPU has.
+    bases: (u64, u64),
+    /// The address that follows what was admitted last, and how much that was.
+    ahead: (u64, u64),
+    /// How often KVM has failed to supply a page, and not said which, since
+    /// the last sign of progress.
+    suspicion: u32,
+}
+
+impl OnHost {
+    /// An engine with nothing mapped, its extended state as after `execve`.
+    ///
+    /// Costs one VM, one vCPU and one memory slot, about 2 ms on a weak KVM.
+    ///
+    /// # Errors
+    ///
+    /// If there is no usable KVM, or it refuses a request.
+    pub fn new() -> Result<Self, EngineError> {
+        let machine = Machine::new()?;
+        let memory = Rc::new(Memory::new(machine.vm_fd(), machine.physical_bits()));
+        let handle = Handle(Rc::clone(&memory));
+        let tables = PageTable::new(handle.clone(), handle).map_err(|_| no_tables(&memory))?;
+        let guard = |page: u64, flags: PteFlags| guard_page(&memory, &tables, page, flags);
+        let user = PteFlags::USER;
+        fill(
+            guard(layout::USER_CODE, PteFlags::RX | user)?,
+            &layout::user_code(),
+        );
+        fill(
+            guard(layout::RING0_CODE, PteFlags::RX)?,
+            &layout::ring0_code(),
+        );
+        fill(
+            guard(layout::DESCRIPTORS, PteFlags::R)?,
+            &layout::descriptors(),
+        );
+        fill(guard(layout::TASK, PteFlags::R)?, &layout::task());
+        let stack = guard(layout::STACK, PteFlags::RW)?;
+        let scratch = guard(layout::SCRATCH, PteFlags::RW | user)?;
+        // SAFETY: nothing but the guard's pages is mapped yet, and what is
+        // mapped later is the program's (`admit`).
+        unsafe { machine.set_up(tables.root()) }?;
+        let mut engine = Self {
+            machine,
+            tables,
+            memory,
+            stack,
+            scratch,
+            stand: Stand::Ring3,
+            bases: (0, 0),
+            ahead: (0, 0),
+            suspicion: 0,
+        };
+        engine.reset_xstate()?;
+        Ok(engine)
+    }
+
+    /// Gives the vCPU the program's registers.
+    fn load(&mut self, user: &UserState) -> Result<(), EngineError> {
+        let mut regs = to_kvm(&user.regs);
+        regs.rflags = sanitised(user.regs.rflags);
+        match self.stand {
+            Stand::Ring3 => {}
+            Stand::Ring0 => {
+                self.write_frame(&Frame {
+                    error: 0,
+                    rip: regs.rip,
+                    cs: u64::from(USER_CS),
+                    rflags: regs.rflags,
+                    rsp: regs.rsp,
+                    ss: u64::from(USER_SS),
+                });
+                regs.rip = layout::iretq();
+                regs.rsp = layout::IRETQ_FRAME;
+                regs.rflags = RFLAGS_FIXED;
+            }
+        }
+        self.machine.set_regs(&regs);
+        let bases = (user.fs_base, user.gs_base);
+        if bases != self.bases {
+            const MSR_FS_BASE: u32 = 0xc000_0100;
+            const MSR_GS_BASE: u32 = 0xc000_0101;
+            self.machine
+                .set_msrs(&[(MSR_FS_BASE, bases.0), (MSR_GS_BASE, bases.1)])?;
+            self.bases = bases;
+        }
+        Ok(())
+    }
+
+    /// Enters the guest until a stub exits, a signal arrives at ring 3, or
+    /// something goes wrong.
+    fn enter(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
+        let mut interrupted = false;
+        let trap = loop {
+            match self.machine.enter()? {
+                Exit::Interrupted => {
+                    // SAFETY: the byte is in the area that the machine owns.
+                    let kick = unsafe { self.machine.kick_byte().as_ref() };
+                    interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
+                    if interrupted && self.at_rest_in_ring3()? {
+                        interrupted = false;
+                        self.store(user);
+                        break Trap::Interrupted;
+                    }
+                }
+                Exit::Out(port) => break self.after_out(port, user)?,
+                Exit::In => {
+                    let regs = self.settle()?;
+                    self.store_regs(user, &regs);
+                    break general_protection();
+                }
+                Exit::Mmio { gpa, write } => {
+                    let regs = self.settle()?;
+                    self.store_regs(user, &regs);
+                    let mut error = PageFaultError::USER;
+                    error.set(PageFaultError::WRITE, write);
+                    let addr = self.memory.user_address(gpa).unwrap_or(regs.rip);
+                    break Trap::HostFault { addr, error };
+                }
+                Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.memory.user_address(gpa)) {
+                    Some(addr) => {
+                        self.store(user);
+                        break Trap::HostFault {
+                            addr,
+                            error: PageFaultError::USER,
+                        };
+                    }
+                    None => self.suspect_everything()?,
+                },
+                Exit::Other(reason) => return Err(self.stopped(reason)),
+            }
+        };
+        if interrupted {
+            // The stub had to finish first: the next run starts with this.
+            // SAFETY: as above.
+            unsafe { self.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
+        }
+        Ok(trap)
+    }
+
+    /// Whether the registers are the program's: not in the middle of a stub,
+    /// and no exception on its way to one.
+    fn at_rest_in_ring3(&self) -> Result<bool, EngineError> {
+        let rip = self.machine.regs().rip;
+        if layout::is_ring0_code(rip) || layout::is_user_code(rip) {
+            return Ok(false);
+        }
+        Ok(!self.machine.exception_is_pending()?)
+    }
+
+    /// Finishes an access that KVM exited for, so that it does not disturb the
+    /// next entry, and returns the registers as they were before: what KVM
+    /// made of the access does not count.
+    ///
+    /// Leaves the kick byte set: the next run comes back at once with
+    /// [`Trap::Interrupted`], which loses nothing.
+    fn settle(&mut self) -> Result<kvm_regs, EngineError> {
+        /// More than the pieces of any access.
+        const MOST_PIECES: u32 = 64;
+        let regs = self.machine.regs();
+        // SAFETY: the byte is in the area that the machine owns.
+        let kick = unsafe { self.machine.kick_byte().as_ref() };
+        for _ in 0..MOST_PIECES {
+            kick.store(1, Ordering::SeqCst);
+            if self.machine.enter()? == Exit::Interrupted {
+                return Ok(regs);
+            }
+        }
+        Err(EngineError::Stopped {
+            what: "an access without end".to_owned(),
+            rip: regs.rip,
+        })
+    }
+
+    /// After KVM has said that some page cannot be supplied, and not which:
+    /// takes all of the program's pages away, so that the access, which is
+    /// tried again now, ends in a page fault that has an address
+    /// ([`Self::page_fault`]). The guard admits the other pages again as the
+    /// program needs them.
+    fn suspect_everything(&mut self) -> Result<(), EngineError> {
+        self.suspicion += 1;
+        self.unmap(virt_range(0, crate::range::USER_HI))
+    }
+
+    fn page_fault(&mut self, addr: u64, error: PageFaultError) -> Trap {
+        /// A page that can be read and not written (a full file system) shows
+        /// by the same instruction's failing again and again.
+        const ENOUGH: u32 = 8;
+        if self.suspicion > 0 {
+            let readable = dune_kvm::sys::read_memory(addr, &mut [0]).is_ok();
+            if !readable || self.suspicion > ENOUGH {
+                self.suspicion = 0;
+                return Trap::HostFault { addr, error };
+            }
+        }
+        Trap::PageFault { addr, error }
+    }
+
+    fn after_out(&mut self, port: u16, user: &mut UserState) -> Result<Trap, EngineError> {
+        let regs = self.machine.regs();
+        let segments = self.machine.segments();
+        let ring0 = segments.cs == KERNEL_CS;
+        let landing = self.machine.landing();
+        let stub = (port == u16::from(layout::PORT))
+            .then(|| layout::stub_at(regs.rip, landing))
+            .flatten();
+        match stub {
+            Some(Stub::Exception(vector)) if ring0 => {
+                self.stand = Stand::Ring0;
+                self.exception(vector, user)
+            }
+            // A weak KVM that has to interpret a SYSCALL, as it does when rsp
+            // is not canonical, gets to ring 0 after all.
+            Some(Stub::Syscall) => {
+                self.stand = if ring0 { Stand::Ring0 } else { Stand::Ring3 };
+                self.bases = (segments.fs_base, segments.gs_base);
+                store_all(user, &regs, self.bases);
+                user.regs.rip = regs.rcx;
+                user.regs.rflags = sanitised(regs.r11);
+                if !ring0 && segments.cs != USER_CS || !is_lower_half(regs.rcx) {
+                    return Ok(general_protection());
+                }
+                self.suspicion = 0;
+                Ok(Trap::Syscall)
+            }
+            _ if ring0 => Err(EngineError::Stopped {
+                what: format!("port {port:#x} from ring 0"),
+                rip: regs.rip,
+            }),
+            _ => {
+                self.store(user);
+                Ok(general_protection())
+            }
+        }
+    }
+
+    fn exception(&mut self, number: u8, user: &mut UserState) -> Result<Trap, EngineError> {
+        let regs = self.machine.regs();
+        let segments = self.machine.segments();
+        let frame = self.read_frame();
+        if frame.cs & 3 != 3 {
+            return Err(EngineError::Stopped {
+                what: format!("exception {number} in the guard's own code"),
+                rip: frame.rip,
+            });
+        }
+        self.bases = (segments.fs_base, segments.gs_base);
+        store_all(user, &regs, self.bases);
+        user.regs.rip = frame.rip;
+        user.regs.rsp = frame.rsp;
+        user.regs.rflags = sanitised(frame.rflags);
+        if frame.cs != u64::from(USER_CS) {
+            // A far jump to a code segment that is not ours: nothing that runs
+            // there is served.
+            return Ok(general_protection());
+        }
+        let has_error_code = dune_x86::trap::ERROR_CODE_VECTORS >> number & 1 == 1;
+        let error = if has_error_code {
+            frame.error as u32
+        } else {
+            0
+        };
+        Ok(match number {
+            vector::PAGE_FAULT => {
+                self.page_fault(segments.cr2, PageFaultError::from_bits_truncate(error))
+            }
+            vector::DEBUG => Trap::Exception {
+                vector: number,
+                error: 0,
+                dr6: self.machine.take_dr6()?,
+            },
+            _ => Trap::Exception {
+                vector: number,
+                error,
+                dr6: 0,
+            },
+        })
+    }
+
+    fn stopped(&self, reason: u32) -> EngineError {
+        let what = match reason {
+            kvm_bindings::KVM_EXIT_SHUTDOWN => "shutdown (triple fault)".to_owned(),
+            kvm_bindings::KVM_EXIT_INTERNAL_ERROR => "internal error of KVM".to_owned(),
+            kvm_bindings::KVM_EXIT_FAIL_ENTRY => "failed entry".to_owned(),
+            kvm_bindings::KVM_EXIT_HLT => "halt".to_owned(),
+            other => format!("exit reason {other}"),
+        };
+        EngineError::Stopped {
+            what,
+            rip: self.machine.regs().rip,
+        }
+    }
+
+    /// The program's state, from a vCPU that stands at ring 3.
+    fn store(&mut self, user: &mut UserState) {
+        let regs = self.machine.regs();
+        self.store_regs(user, &regs);
+    }
+
+    fn store_regs(&mut self, user: &mut UserState, regs: &kvm_regs) {
+        let segments = self.machine.segments();
+        self.stand = Stand::Ring3;
+        self.bases = (segments.fs_base, segments.gs_base);
+        store_all(user, regs, self.bases);
+    }
+
+    fn write_frame(&mut self, frame: &Frame) {
+        // SAFETY: the offset lies in the stack's page, at its end.
+        let at = unsafe { self.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
+        // SAFETY: ring 3 cannot reach the page, and ring 0 does not run now.
+        unsafe { at.as_ptr().write_volatile(*frame) };
+    }
+
+    fn read_frame(&self) -> Frame {
+        // SAFETY: the offset lies in the stack's page, at its end.
+        let at = unsafe { self.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
+        // SAFETY: ring 3 cannot reach the page, and ring 0 does not run now.
+        unsafe { at.as_ptr().read_volatile() }
+    }
+
+    /// Maps `range`, whose pages have window addresses, a GiB at a time.
+    fn map(&self, range: PageRange, flags: PteFlags) -> Result<(), EngineError> {
+        const GIB: u64 = 1 << 30;
+        let mut start = range.start();
+        while start < range.end() {
+            let end = range.end().min((start | (GIB - 1)) + 1);
+            let gpa = self.memory.window(start).map_err(refused)?;
+            self.map_piece(virt_range(start, end), GuestPhys::new_truncate(gpa), flags)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn map_piece(
+        &self,
+        range: VirtRange,
+        gpa: GuestPhys,
+        flags: PteFlags,
+    ) -> Result<(), EngineError> {
+        let map = || self.tables.map_range(range, gpa, PageSize::Size4KiB, flags);
+        let result = match map() {
+            Err(MapError::AlreadyMapped { .. }) => {
+                // Admitted before, perhaps with fewer rights. The translation
+                // stays the same, and a stale entry that is too strict only
+                // faults once more.
+                self.unmap(range)?;
+                map()
+            }
+            result => result,
+        };
+        result.map_err(|_| no_tables(&self.memory))
+    }
+
+    fn unmap(&self, range: VirtRange) -> Result<(), EngineError> {
+        let flush = self
+            .tables
+            .unmap(range, |_| ())
+            .map_err(|_| no_tables(&self.memory))?;
+        // For `revoke`: the host's change of the same pages, which comes next,
+        // makes KVM drop whatever it or a TLB holds of them.
+        flush.ignore(NoFlush::CoveredByLargerFlush);
+        Ok(())
+    }
+
+    /// What to admit for a fault at `addr` in `area`: the block around it, and
+    /// twice as much as last time if it follows on what was admitted then.
+    fn extent(&mut self, addr: u64, area: PageRange) -> PageRange {
+        let page = addr & !(PAGE - 1);
+        let (expected, last) = self.ahead;
+        let follows = page == expected && page & (BLOCK - 1) == 0;
+        let len = if follows {
+            (last * 2).min(MOST_AHEAD)
+        } else {
+            BLOCK
+        };
+        let block = page & !(BLOCK - 1);
+        let start = block.max(area.start());
+        let end = (block + len).min(area.end());
+        self.ahead = (end, len);
+        PageRange::new(start, end - start).unwrap_or(area)
+    }
+
+    /// Runs one of the snippets that work on the extended state, which ring 3
+    /// has to do by itself where KVM's requests do not carry all of it.
+    fn run_snippet(&mut self, rip: u64) -> Result<(), EngineError> {
+        let mask = self.machine.xstate().xcr0;
+        let mut user = UserState {
+            regs: UserRegs {
+                rax: mask & 0xffff_ffff,
+                rdx: mask >> 32,
+                rdi: layout::SCRATCH,
+                rip,
+                ..UserRegs::default()
+            },
+            fs_base: self.bases.0,
+            gs_base: self.bases.1,
+        };
+        self.load(&user)?;
+        let mut interrupted = false;
+        let exit = loop {
+            match self.machine.enter()? {
+                Exit::Interrupted => {
+                    // SAFETY: the byte is in the area that the machine owns.
+                    let kick = unsafe { self.machine.kick_byte().as_ref() };
+                    interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
+                }
+                exit => break exit,
+            }
+        };
+        if interrupted {
+            // SAFETY: as above.
+            unsafe { self.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
+        }
+        let end = self.machine.regs().rip;
+        let at_end = layout::stub_at(end, self.machine.landing()) == Some(Stub::XState);
+        if at_end && exit == Exit::Out(u16::from(layout::PORT)) {
+            self.store(&mut user);
+            return Ok(());
+        }
+        Err(EngineError::Stopped {
+            what: format!("{exit:?} instead of the extended state"),
+            rip: end,
+        })
+    }
+}
+
+impl Engine for OnHost {
+    fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
+        // SAFETY: the byte is in the area that the machine owns.
+        let kick = unsafe { self.machine.kick_byte().as_ref() };
+        if kick.swap(0, Ordering::SeqCst) != 0 {
+            return Ok(Trap::Interrupted);
+        }
+        if !is_lower_half(user.regs.rip) {
+            // IRETQ would fault at ring 0; for the program it is the fault of
+            // the jump that led there.
+            return Ok(general_protection());
+        }
+        self.load(user)?;
+        self.enter(user)
+    }
+
+    fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
+        let extent = self.extent(addr, area);
+        self.map(extent, user_flags(access))
+    }
+
+    fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
+        self.unmap(virt_range(range.start(), range.end()))
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.machine.xstate().xcr0
+    }
+
+    fn xstate_len(&self) -> usize {
+        self.machine.xstate().len
+    }
+
+    fn save_xstate(&mut self, area: &mut [u8]) -> Result<(), EngineError> {
+        let len = self.xstate_len().min(area.len());
+        if self.machine.xstate().kvm_carries_it {
+            let mut state = [0; KVM_XSAVE_BYTES];
+            self.machine.xsave(&mut state)?;
+            area[..len].copy_from_slice(&state[..len]);
+            return Ok(());
+        }
+        // XSAVE leaves the header's reserved bytes and the components in their
+        // initial state as they are.
+        // SAFETY: the page is the guest's scratch, and the guest does not run.
+        unsafe { self.scratch.write_bytes(0, PAGE as usize) };
+        self.run_snippet(layout::save())?;
+        // SAFETY: a copy of bytes; what they are is the program's business.
+        unsafe { self.scratch.copy_to_nonoverlapping(non_null(area), len) };
+        Ok(())
+    }
+
+    fn load_xstate(&mut self, area: &[u8]) -> Result<(), EngineError> {
+        let len = self.xstate_len().min(area.len());
+        if self.machine.xstate().kvm_carries_it {
+            let mut state = [0; KVM_XSAVE_BYTES];
+            state[..len].copy_from_slice(&area[..len]);
+            return self.machine.set_xsave(&state);
+        }
+        // SAFETY: the page is the guest's scratch, and the guest does not run.
+        unsafe {
+            self.scratch
+                .as_ptr()
+                .copy_from_nonoverlapping(area.as_ptr(), len)
+        };
+        self.run_snippet(layout::restore())
+    }
+
+    fn reset_xstate(&mut self) -> Result<(), EngineError> {
+        const FCW: usize = 0;
+        const MXCSR: usize = 24;
+        const MXCSR_MASK: usize = 28;
+        const XSTATE_BV: usize = 512;
+        let mut state = [0; KVM_XSAVE_BYTES];
+        state[FCW..FCW + 2].copy_from_slice(&0x37f_u16.to_le_bytes());
+        state[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        state[MXCSR_MASK..MXCSR_MASK + 4].copy_from_slice(&0xffff_u32.to_le_bytes());
+        // X87 and SSE are given; everything else is in its initial state.
+        state[XSTATE_BV] = 3;
+        self.machine.set_xsave(&state)
+    }
+
+    fn kick_byte(&self) -> NonNull<AtomicU8> {
+        self.machine.kick_byte()
+    }
+
+    fn fds(&self) -> Vec<RawFd> {
+        self.machine.fds()
+    }
+}
+
+/// Maps a fresh page of the guard at `virt`.
+fn guard_page(
+    memory: &Memory,
+    tables: &PageTable<Handle, Handle>,
+    virt: u64,
+    flags: PteFlags,
+) -> Result<NonNull<u8>, EngineError> {
+    use dune_x86::paging::FrameAllocator;
+    let frame = tables
+        .tables()
+        .allocate_table()
+        .ok_or_else(|| no_tables(memory))?;
+    let used = PteFlags::ACCESSED | PteFlags::DIRTY;
+    tables
+        .map(
+            GuestVirt::new_truncate(virt),
+            frame,
+            PageSize::Size4KiB,
+            flags | used,
+        )
+        .map_err(|_| no_tables(memory))?;
+    Ok(memory.frame(frame))
+}
+
+fn fill(page: NonNull<u8>, contents: &[u8; PAGE as usize]) {
+    // SAFETY: a page of an arena that nothing else knows yet.
+    unsafe {
+        page.as_ptr()
+            .copy_from_nonoverlapping(contents.as_ptr(), contents.len())
+    };
+}
+
+fn non_null(area: &mut [u8]) -> NonNull<u8> {
+    NonNull::from(area).cast()
+}
+
+fn no_tables(memory: &Memory) -> EngineError {
+    memory.short().map_or(
+        EngineError::NoMemory {
+            what: "page tables",
+        },
+        refused,
+    )
+}
+
+fn refused(short: Short) -> EngineError {
+    match short {
+        Short::Addresses => EngineError::NoMemory {
+            what: "guest physical addresses",
+        },
+        Short::Host(errno) => EngineError::Kvm {
+            what: "memory for the guest",
+            source: errno.to_io(),
+        },
+    }
+}
+
+const fn general_protection() -> Trap {
+    Trap::Exception {
+        vector: vector::GENERAL_PROTECTION,
+        error: 0,
+        dr6: 0,
+    }
+}
+
+const fn is_lower_half(address: u64) -> bool {
+    address < LOWER_HALF_END
+}
+
+/// The flags as ring 3 may have them.
+const fn sanitised(rflags: u64) -> u64 {
+    rflags & UserState::RFLAGS_USER | RFLAGS_FIXED | RFLAGS_IF
+}
+
+/// Accessed and dirty are set from the start, so that nobody has to come back
+/// to set them.
+fn user_flags(access: Access) -> PteFlags {
+    let mut flags = PteFlags::PRESENT | PteFlags::USER | PteFlags::ACCESSED | PteFlags::DIRTY;
+    flags.set(PteFlags::WRITABLE, access.contains(Access::WRITE));
+    flags.set(PteFlags::NO_EXECUTE, !access.contains(Access::EXEC));
+    flags
+}
+
+fn virt_range(start: u64, end: u64) -> VirtRange {
+    let start = GuestVirt::new_truncate(start);
+    VirtRange::try_new(start, end - start.as_u64()).unwrap_or(VirtRange::empty_at(start))
+}
+
+fn store_all(user: &mut UserState, regs: &kvm_regs, (fs_base, gs_base): (u64, u64)) {
+    user.regs = from_kvm(regs);
+    user.regs.rflags = sanitised(regs.rflags);
+    user.fs_base = fs_base;
+    user.gs_base = gs_base;
+}
+
+// `UserRegs` has the order of `kvm_regs`, so that these are plain copies.
+const _: () = assert!(size_of::<UserRegs>() == size_of::<kvm_regs>());
+const _: () = assert!(offset_of!(UserRegs, rsp) == offset_of!(kvm_regs, rsp));
+const _: () = assert!(offset_of!(UserRegs, rflags) == offset_of!(kvm_regs, rflags));
+
+fn to_kvm(regs: &UserRegs) -> kvm_regs {
+    kvm_regs {
+        rax: regs.rax,
+        rbx: regs.rbx,
+        rcx: regs.rcx,
+        rdx: regs.rdx,
+        rsi: regs.rsi,
+        rdi: regs.rdi,
+        rsp: regs.rsp,
+        rbp: regs.rbp,
+        r8: regs.r8,
+        r9: regs.r9,
+        r10: regs.r10,
+        r11: regs.r11,
+        r12: regs.r12,
+        r13: regs.r13,
+        r14: regs.r14,
+        r15: regs.r15,
+        rip: regs.rip,
+        rflags: regs.rflags,
+    }
+}
+
+fn from_kvm(regs: &kvm_regs) -> UserRegs {
+    UserRegs {
+        rax: regs.rax,
+        rbx: regs.rbx,
+        rcx: regs.rcx,
+        rdx: regs.rdx,
+        rsi: regs.rsi,
+        rdi: regs.rdi,
+        rsp: regs.rsp,
+        rbp: regs.rbp,
+        r8: regs.r8,
+        r9: regs.r9,
+        r10: regs.r10,
+        r11: regs.r11,
+        r12: regs.r12,
+        r13: regs.r13,
+        r14: regs.r14,
+        r15: regs.r15,
+        rip: regs.rip,
+        rflags: regs.rflags,
+    }
+}

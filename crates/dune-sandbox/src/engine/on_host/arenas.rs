@@ -1,0 +1,283 @@
+//! Guest physical memory: arenas that hold page tables and the guard's pages,
+//! and windows over the program's memory.
+//!
+//! ```text
+//!  guest physical GiB   slot      host memory
+//!  0 to 3               -         nothing (3 holds KVM's own pages)
+//!  4 to 15              0 to 11   arenas, each larger than the one before
+//!  16 and up            12 and up windows: the GiB of user space that is in use
+//! ```
+//!
+//! Of this process, the guest's physical memory holds the arenas and the part
+//! below [`USER_HI`](crate::range::USER_HI), nothing else: whatever happens to
+//! the page tables, the memory of the guard is not there to be reached.
+#![expect(
+    unsafe_code,
+    reason = "page tables in memory that the vCPU reads and writes as well"
+)]
+
+use core::cell::{Cell, RefCell};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::RawFd;
+use std::rc::Rc;
+
+use dune_kvm::ioctl;
+use dune_kvm::sys::{self, Errno};
+use dune_x86::addr::GuestPhys;
+use dune_x86::paging::{FrameAllocator, TableMemory};
+use kvm_bindings::kvm_userspace_memory_region;
+
+use crate::range::USER_HI;
+
+const GIB_SHIFT: u32 = 30;
+const GIB: u64 = 1 << GIB_SHIFT;
+const PAGE: u64 = 4096;
+
+const FIRST_ARENA: u64 = 4;
+const ARENAS: usize = 12;
+const FIRST_WINDOW: u64 = FIRST_ARENA + ARENAS as u64;
+/// Slots of KVM that user space may use.
+const SLOTS: u64 = 32_764;
+
+/// The first arena: tables for 256 MiB of the program's memory and more. Each
+/// further one is four times as large, up to a GiB.
+const FIRST_ARENA_BYTES: u64 = 1 << 20;
+
+#[derive(Clone, Copy, Debug)]
+struct Arena {
+    host: NonNull<u8>,
+    len: u64,
+}
+
+/// Why there is no more memory for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Short {
+    /// Guest physical addresses or slots have run out.
+    Addresses,
+    /// The host said this.
+    Host(Errno),
+}
+
+/// The guest's physical memory.
+#[derive(Debug)]
+pub(super) struct Memory {
+    vm: RawFd,
+    arenas: [Cell<Option<Arena>>; ARENAS],
+    /// The arena that frames are taken from, and the bytes taken of it.
+    current: Cell<usize>,
+    used: Cell<u64>,
+    /// Frames that were given back, as a list through their first words.
+    free: Cell<Option<GuestPhys>>,
+    /// What the last failure was: page tables only learn that there was one.
+    short: Cell<Option<Short>>,
+    /// For each GiB of user space, the guest physical GiB of its window, or 0.
+    windows: RefCell<Box<[u16]>>,
+    next_window: Cell<u64>,
+    windows_end: u64,
+}
+
+impl Memory {
+    /// Memory for a guest with `physical_bits` bits of address. `vm` must stay
+    /// open as long as this is used.
+    pub(super) fn new(vm: RawFd, physical_bits: u32) -> Self {
+        let frames = (1_u64 << physical_bits.clamp(36, 52)) >> GIB_SHIFT;
+        Self {
+            vm,
+            arenas: [const { Cell::new(None) }; ARENAS],
+            current: Cell::new(0),
+            used: Cell::new(0),
+            free: Cell::new(None),
+            short: Cell::new(None),
+            // Zeroed memory comes from the kernel page by page as it is used.
+            windows: RefCell::new(vec![0; (USER_HI >> GIB_SHIFT) as usize].into()),
+            next_window: Cell::new(FIRST_WINDOW),
+            windows_end: frames.min(FIRST_WINDOW + SLOTS - ARENAS as u64),
+        }
+    }
+
+    /// What the last failure to get a frame was.
+    pub(super) fn short(&self) -> Option<Short> {
+        self.short.get()
+    }
+
+    /// The guest physical address of `host`, a user address: with a new
+    /// window if there is none yet.
+    pub(super) fn window(&self, host: u64) -> Result<u64, Short> {
+        let gib = (host >> GIB_SHIFT) as usize;
+        let mut windows = self.windows.borrow_mut();
+        let entry = windows.get_mut(gib).ok_or(Short::Addresses)?;
+        if *entry == 0 {
+            let frame = self.next_window.get();
+            if frame >= self.windows_end {
+                return Err(Short::Addresses);
+            }
+            let slot = frame - FIRST_WINDOW + ARENAS as u64;
+            let base = host & !(GIB - 1);
+            self.set_slot(slot, frame << GIB_SHIFT, base, GIB)
+                .map_err(Short::Host)?;
+            self.next_window.set(frame + 1);
+            *entry = frame as u16;
+        }
+        Ok(u64::from(*entry) << GIB_SHIFT | host & (GIB - 1))
+    }
+
+    /// The user address of a guest physical one, if it lies in a window.
+    pub(super) fn user_address(&self, gpa: u64) -> Option<u64> {
+        let frame = gpa >> GIB_SHIFT;
+        // Only for reports of faults: a search is good enough.
+        let windows = self.windows.borrow();
+        let gib = windows
+            .iter()
+            .position(|&f| f != 0 && u64::from(f) == frame)?;
+        Some((gib as u64) << GIB_SHIFT | gpa & (GIB - 1))
+    }
+
+    /// The host address of a frame of an arena.
+    ///
+    /// # Panics
+    ///
+    /// If `gpa` lies in no arena: frames come from
+    /// [`FrameAllocator::allocate_table`] and nowhere else, and ring 3 cannot
+    /// write to page tables.
+    pub(super) fn frame(&self, gpa: GuestPhys) -> NonNull<u8> {
+        let gpa = gpa.as_u64();
+        let index = (gpa >> GIB_SHIFT).wrapping_sub(FIRST_ARENA) as usize;
+        let offset = gpa & (GIB - 1);
+        match self.arenas.get(index).and_then(Cell::get) {
+            Some(arena) if offset < arena.len => {
+                // SAFETY: the offset lies within the arena.
+                unsafe { arena.host.add(offset as usize) }
+            }
+            _ => panic!("{gpa:#x} is in no arena of the guest"),
+        }
+    }
+
+    fn entry(&self, table: GuestPhys, index: usize) -> &AtomicU64 {
+        assert!(index < 512, "a table has 512 entries");
+        // SAFETY: a frame has room for 512 entries.
+        let entry = unsafe { self.frame(table).cast::<AtomicU64>().add(index) };
+        // SAFETY: arenas are mapped for as long as this value lives and are
+        // accessed as atomics only while they hold tables.
+        unsafe { entry.as_ref() }
+    }
+
+    fn grow(&self) -> Result<usize, Short> {
+        let index = match self.arenas[0].get() {
+            None => 0,
+            Some(_) => self.current.get() + 1,
+        };
+        if index >= ARENAS {
+            return Err(Short::Addresses);
+        }
+        let len = (FIRST_ARENA_BYTES << (2 * index).min(20)).min(GIB);
+        let host = sys::map_anonymous(len as usize).map_err(Short::Host)?;
+        let gpa = (FIRST_ARENA + index as u64) << GIB_SHIFT;
+        let Some(pointer) = NonNull::new(host) else {
+            return Err(Short::Host(Errno::ENOMEM));
+        };
+        self.set_slot(index as u64, gpa, host as u64, len)
+            .map_err(|errno| {
+                // SAFETY: just mapped, and nothing knows it.
+                let _ = unsafe { sys::unmap(host, len as usize) };
+                Short::Host(errno)
+            })?;
+        self.arenas[index].set(Some(Arena { host: pointer, len }));
+        self.current.set(index);
+        self.used.set(0);
+        Ok(index)
+    }
+
+    fn take(&self) -> Result<GuestPhys, Short> {
+        if let Some(frame) = self.free.get() {
+            let page = self.frame(frame).cast::<u64>();
+            // SAFETY: a frame on the list holds the next one's address + 1.
+            let next = unsafe { page.read() };
+            self.free
+                .set(next.checked_sub(1).map(GuestPhys::new_truncate));
+            // SAFETY: the frame is 4 KiB and nobody's.
+            unsafe { page.cast::<u8>().write_bytes(0, PAGE as usize) };
+            return Ok(frame);
+        }
+        let mut index = self.current.get();
+        let full = self.arenas[index]
+            .get()
+            .is_none_or(|a| self.used.get() + PAGE > a.len);
+        if full {
+            index = self.grow()?;
+        }
+        let offset = self.used.get();
+        self.used.set(offset + PAGE);
+        Ok(GuestPhys::new_truncate(
+            (FIRST_ARENA + index as u64) << GIB_SHIFT | offset,
+        ))
+    }
+
+    fn set_slot(&self, slot: u64, gpa: u64, host: u64, len: u64) -> Result<(), Errno> {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: gpa,
+            memory_size: len,
+            userspace_addr: host,
+        };
+        let request = ioctl::KVM_SET_USER_MEMORY_REGION;
+        // SAFETY: arenas belong to this value and windows cover user space
+        // only, which the guard treats as memory that anyone may change.
+        unsafe { sys::ioctl(self.vm, request, &raw const region as usize) }.map(drop)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for arena in self.arenas.iter().filter_map(Cell::get) {
+            // SAFETY: the engine closes the VM before it drops its memory.
+            let _ = unsafe { sys::unmap(arena.host.as_ptr(), arena.len as usize) };
+        }
+    }
+}
+
+/// A handle to the memory, as page tables want it.
+#[derive(Clone, Debug)]
+pub(super) struct Handle(pub(super) Rc<Memory>);
+
+impl TableMemory for Handle {
+    fn read(&self, table: GuestPhys, index: usize) -> u64 {
+        self.0.entry(table, index).load(Ordering::Relaxed)
+    }
+
+    fn write(&self, table: GuestPhys, index: usize, value: u64) {
+        self.0.entry(table, index).store(value, Ordering::Relaxed);
+    }
+
+    fn compare_exchange(
+        &self,
+        table: GuestPhys,
+        index: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, u64> {
+        self.0
+            .entry(table, index)
+            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+    }
+}
+
+impl FrameAllocator for Handle {
+    fn allocate_table(&self) -> Option<GuestPhys> {
+        match self.0.take() {
+            Ok(frame) => Some(frame),
+            Err(short) => {
+                self.0.short.set(Some(short));
+                None
+            }
+        }
+    }
+
+    fn free_table(&self, table: GuestPhys) {
+        let next = self.0.free.get().map_or(0, |frame| frame.as_u64() + 1);
+        // SAFETY: nothing walks the frame any more (the trait's contract).
+        unsafe { self.0.frame(table).cast::<u64>().write(next) };
+        self.0.free.set(Some(table));
+    }
+}
