@@ -118,9 +118,7 @@ mod tests {
         let failed = make_once(&target, |_| Err(LabError::Options("no".into())));
         assert!(failed.is_err());
         assert!(!target.exists(), "a failed attempt leaves nothing");
-        let fill = |draft: &Path| {
-            fs::write(draft.join("file"), "x").map_err(io_error("write"))
-        };
+        let fill = |draft: &Path| fs::write(draft.join("file"), "x").map_err(io_error("write"));
         assert!(make_once(&target, fill).unwrap());
         assert!(!make_once(&target, |_| panic!("made twice")).unwrap());
         assert_eq!(fs::read(target.join("file")).unwrap(), b"x");

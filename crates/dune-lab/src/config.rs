@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::error::{LabError, io_error};
 
-/// How many folders can be shared writable. The devices for them are part of
-/// every lab, because a saved state fixes the devices.
-pub const MAX_SHARES: usize = 4;
+/// How many folders can be shared writable. Each is a device of the guest, and
+/// each number of devices has a saved state of its own.
+pub const MAX_SHARES: usize = 8;
 
 /// The virtual machine.
 #[derive(Clone, Debug)]

@@ -33,7 +33,7 @@ const WANTED_MODULES: &[&str] = &[
 const INTEL_MODULES: &[&str] = &["kvm-intel"];
 
 /// Raised when what is kept of a kernel changes.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 
 /// A kernel made ready for the lab.
 #[derive(Clone, Debug)]
@@ -151,7 +151,9 @@ fn fetch_debian_kernel(target: &Path) -> Result<(), LabError> {
             newest_debian_kernel()?
         }
     };
-    let _step = Step::begin(format!("Fetching the Debian package {package} (for the lab only)"));
+    let _step = Step::begin(format!(
+        "Fetching the Debian package {package} (for the lab only)"
+    ));
     let mut download = Command::new("apt-get");
     // As root apt would switch to a user that cannot write here.
     download
@@ -366,17 +368,17 @@ fn starts_by_pvh(elf: &[u8]) -> bool {
     find().unwrap_or(false)
 }
 
-fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+pub(crate) fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     let field = bytes.get(offset..)?.first_chunk()?;
     Some(u16::from_le_bytes(*field))
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     let field = bytes.get(offset..)?.first_chunk()?;
     Some(u32::from_le_bytes(*field))
 }
 
-fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     let field = bytes.get(offset..)?.first_chunk()?;
     Some(u64::from_le_bytes(*field))
 }
@@ -437,10 +439,11 @@ impl ModuleTree {
         }
         let file = self.files.get(module).ok_or_else(|| missing(module))?;
         let packed = fs::read(file).map_err(io_error(format!("read {}", file.display())))?;
-        let image = match decompress(&packed)? {
+        let mut image = match decompress(&packed)? {
             Some(unpacked) => unpacked,
             None => packed,
         };
+        strip_signature(&mut image);
         for dependency in dependencies(&image) {
             self.collect(&dependency, folder, order, missing)?;
         }
@@ -448,6 +451,28 @@ impl ModuleTree {
         fs::write(&target, &image).map_err(io_error(format!("write {}", target.display())))?;
         order.push(module.to_owned());
         Ok(())
+    }
+}
+
+/// Takes the signature off a module. The guest's kernel loads it all the same,
+/// and does not hash a megabyte of code under emulation first.
+///
+/// ```text
+///   module | signature | struct module_signature (12 bytes) | marker
+///                        last 4: length of the signature, big-endian
+/// ```
+fn strip_signature(image: &mut Vec<u8>) {
+    const MARKER: &[u8] = b"~Module signature appended~\n";
+    const HEADER: usize = 12;
+    let Some(signed) = image.strip_suffix(MARKER) else {
+        return;
+    };
+    let Some((_, length)) = signed.split_last_chunk() else {
+        return;
+    };
+    let length = u32::from_be_bytes(*length) as usize;
+    if let Some(end) = signed.len().checked_sub(HEADER + length) {
+        image.truncate(end);
     }
 }
 
@@ -484,6 +509,20 @@ mod tests {
     fn dependencies_come_from_modinfo() {
         let image = b"\x7fELF\0license=GPL\0depends=9pnet,netfs\0name=9p\0depends=\0";
         assert_eq!(dependencies(image), ["9pnet", "netfs"]);
+    }
+
+    #[test]
+    fn signatures_come_off() {
+        let mut image = b"\x7fELFcode".to_vec();
+        let plain = image.clone();
+        strip_signature(&mut image);
+        assert_eq!(image, plain);
+        image.extend_from_slice(b"signature");
+        image.extend_from_slice(&[0; 8]);
+        image.extend_from_slice(&9_u32.to_be_bytes());
+        image.extend_from_slice(b"~Module signature appended~\n");
+        strip_signature(&mut image);
+        assert_eq!(image, plain);
     }
 
     #[test]

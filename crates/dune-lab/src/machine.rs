@@ -2,7 +2,7 @@
 //!
 //! KVM is never used for the lab itself, even where it is there: the lab is
 //! for machines whose KVM cannot run ring 0, and for figures that repeat.
-#![expect(unsafe_code, reason = "set-up of a child between fork and exec")]
+#![expect(unsafe_code, reason = "set-up of a child between fork and exec; the TSC")]
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,13 +12,13 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
 use rustix::io::FdFlags;
 use serde_json::{Value, json};
 
-use crate::cache;
-use crate::config::{Config, MAX_SHARES};
+use crate::config::Config;
 use crate::error::{LabError, io_error};
 use crate::tools::last_lines;
 use crate::wire::PORT_NAME;
@@ -31,7 +31,53 @@ use crate::wire::PORT_NAME;
 ///   changes what KVM does.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic nokaslr mitigations=off \
                             cryptomgr.notests tsc=reliable no_timer_check nowatchdog audit=0 \
-                            random.trust_cpu=on 8250.nr_uarts=1 rcupdate.rcu_expedited=1";
+                            random.trust_cpu=on rodata=off 8250.nr_uarts=1 rcupdate.rcu_expedited=1";
+
+/// The whole command line.
+///
+/// The guest's TSC is the host's (with `icount`, a count of nanoseconds). The
+/// guest would measure its frequency against an emulated timer, and on a busy
+/// host it can be wrong by a factor of four, for good when the state is saved:
+/// so it is told.
+fn command_line(config: &Config, memory: Memory<'_>) -> String {
+    let tsc_khz = match memory {
+        _ if config.icount => 1_000_000,
+        // The kernel has read its command line long ago.
+        Memory::Waking(_) => return COMMAND_LINE.to_owned(),
+        Memory::Fresh | Memory::Saving(_) => host_tsc_khz(),
+    };
+    format!("{COMMAND_LINE} tsc_early_khz={tsc_khz}")
+}
+
+/// Ticks of the host's time-stamp counter in a millisecond, measured.
+fn host_tsc_khz() -> u64 {
+    const PERIOD: Duration = Duration::from_millis(30);
+    // SAFETY: reads a counter.
+    let ticks = || unsafe { core::arch::x86_64::_rdtsc() };
+    // Clock and counter are read within nanoseconds of each other unless the
+    // thread is preempted in between: take the best of several readings.
+    let pair = || {
+        (0..10)
+            .map(|_| {
+                let before = ticks();
+                let clock = Instant::now();
+                let after = ticks();
+                (after - before, before + (after - before) / 2, clock)
+            })
+            .min_by_key(|(width, ..)| *width)
+            .map(|(_, ticks, clock)| (ticks, clock))
+    };
+    let Some((first_ticks, first_clock)) = pair() else {
+        return 0;
+    };
+    std::thread::sleep(PERIOD);
+    let Some((last_ticks, last_clock)) = pair() else {
+        return 0;
+    };
+    let nanoseconds = last_clock.duration_since(first_clock).as_nanos();
+    let khz = u128::from(last_ticks - first_ticks) * 1_000_000 / nanoseconds.max(1);
+    u64::try_from(khz).unwrap_or(0)
+}
 
 /// What the guest's memory is.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +125,10 @@ impl Machine {
             command.arg(name).arg(value);
         };
         let text = |text: String| OsString::from(text);
-        option("-machine", "pc,vmport=off,usb=off,memory-backend=ram".into());
+        option(
+            "-machine",
+            "pc,vmport=off,usb=off,memory-backend=ram".into(),
+        );
         option("-cpu", "max,+svm".into());
         if config.icount {
             option("-accel", "tcg,thread=single".into());
@@ -109,33 +158,51 @@ impl Machine {
         option("-object", backend);
         option("-kernel", image.into());
         option("-initrd", initramfs.into());
-        option("-append", COMMAND_LINE.into());
-        option("-chardev", text(format!("file,id=console,path=/proc/self/fd/{console_fd}")));
+        option("-append", text(command_line(config, memory)));
+        option(
+            "-chardev",
+            text(format!("file,id=console,path=/proc/self/fd/{console_fd}")),
+        );
         option("-serial", "chardev:console".into());
-        option("-chardev", text(format!("socket,id=monitor,fd={monitor_fd}")));
+        option(
+            "-chardev",
+            text(format!("socket,id=monitor,fd={monitor_fd}")),
+        );
         option("-mon", "chardev=monitor,mode=control".into());
         option("-device", "virtio-serial-pci,max_ports=2".into());
         option("-chardev", text(format!("socket,id=port,fd={port_fd}")));
-        option("-device", text(format!("virtserialport,chardev=port,nr=1,name={PORT_NAME}")));
+        option(
+            "-device",
+            text(format!("virtserialport,chardev=port,nr=1,name={PORT_NAME}")),
+        );
         let mut folder = |id: &str, path: &Path, more: &str| {
-            let mut fsdev = text(format!("local,id={id},security_model=none,multidevs=remap{more},path="));
+            let mut fsdev = text(format!(
+                "local,id={id},security_model=none,multidevs=remap{more},path="
+            ));
             fsdev.push(escaped(path));
             option("-fsdev", fsdev);
-            option("-device", text(format!("virtio-9p-pci,fsdev={id},mount_tag={id}")));
+            option(
+                "-device",
+                text(format!("virtio-9p-pci,fsdev={id},mount_tag={id}")),
+            );
         };
         folder("root", Path::new("/"), ",readonly=on");
-        let unused = cache::folder("unused-share")?;
-        for index in 0..MAX_SHARES {
-            match config.shares.get(index) {
-                Some(path) => folder(&share_tag(index), path, ""),
-                None => folder(&share_tag(index), &unused, ",readonly=on"),
-            }
+        for (index, path) in config.shares.iter().enumerate() {
+            folder(&share_tag(index), path, "");
         }
         command
-            .args(["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"])
+            .args([
+                "-no-user-config",
+                "-nodefaults",
+                "-no-reboot",
+                "-display",
+                "none",
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::from(messages.try_clone().map_err(io_error("duplicate"))?))
+            .stderr(Stdio::from(
+                messages.try_clone().map_err(io_error("duplicate"))?,
+            ))
             // Signals of the terminal are forwarded to the command, not taken
             // by the emulator.
             .process_group(0);
@@ -172,7 +239,9 @@ impl Machine {
 
     /// The stream to the agent.
     pub(crate) fn port(&self) -> Result<UnixStream, LabError> {
-        self.port.try_clone().map_err(io_error("duplicate the port"))
+        self.port
+            .try_clone()
+            .map_err(io_error("duplicate the port"))
     }
 
     /// Writes the state of the devices into `path`; the memory is in the file
@@ -193,7 +262,9 @@ impl Machine {
         let uri = format!("exec:cat {}", shell_quoted(path)?);
         let wake = |monitor: &mut Monitor| {
             monitor.ignore_shared_memory()?;
-            monitor.call("migrate-incoming", json!({ "uri": uri })).map(drop)
+            monitor
+                .call("migrate-incoming", json!({ "uri": uri }))
+                .map(drop)
         };
         wake(&mut self.monitor).map_err(|error| self.explain(error, "while it woke up"))
     }
@@ -264,14 +335,15 @@ fn escaped(path: &Path) -> OsString {
 }
 
 /// A file without a name: nothing to clean up, whatever ends this process.
-fn memory_file(name: &str) -> Result<File, LabError> {
+pub(crate) fn memory_file(name: &str) -> Result<File, LabError> {
     rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)
         .map(File::from)
         .map_err(|errno| io_error("create a memory file")(errno.into()))
 }
 
-fn tail(file: &File) -> String {
-    const LINES: usize = 25;
+/// The last lines of a file that another process writes.
+pub(crate) fn tail(file: &File) -> String {
+    const LINES: usize = 40;
     const BYTES: u64 = 16 << 10;
     // The emulator writes through a description of its own or at the end.
     let Ok(mut reader) = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())) else {
@@ -294,7 +366,9 @@ struct Monitor {
 
 impl Monitor {
     fn new(stream: UnixStream) -> Result<Monitor, LabError> {
-        let reader = stream.try_clone().map_err(io_error("duplicate the monitor"))?;
+        let reader = stream
+            .try_clone()
+            .map_err(io_error("duplicate the monitor"))?;
         Ok(Monitor {
             writer: stream,
             reader: BufReader::new(reader),
@@ -360,7 +434,7 @@ impl Monitor {
                 Some("failed" | "cancelled") => {
                     return Err(LabError::Protocol(format!("saving failed: {answer}")));
                 }
-                _ => std::thread::sleep(std::time::Duration::from_millis(5)),
+                _ => std::thread::sleep(Duration::from_millis(5)),
             }
         }
     }
@@ -369,8 +443,11 @@ impl Monitor {
 /// Everything of the machine that a saved state depends on, besides the files.
 pub(crate) fn describe(config: &Config) -> String {
     format!(
-        "{COMMAND_LINE} cpus={} memory={} icount={} shares={MAX_SHARES}",
-        config.cpus, config.memory_mib, config.icount
+        "{COMMAND_LINE} cpus={} memory={} icount={} shares={}",
+        config.cpus,
+        config.memory_mib,
+        config.icount,
+        config.shares.len()
     )
 }
 
@@ -378,7 +455,9 @@ pub(crate) fn describe(config: &Config) -> String {
 pub(crate) fn short_name(config: &Config) -> PathBuf {
     let icount = if config.icount { "-icount" } else { "" };
     PathBuf::from(format!(
-        "cpus{}-{}MiB{icount}",
-        config.cpus, config.memory_mib
+        "cpus{}-{}MiB-shares{}{icount}",
+        config.cpus,
+        config.memory_mib,
+        config.shares.len()
     ))
 }

@@ -90,10 +90,7 @@ impl Session {
         } else {
             state::wake(&qemu, &config, &kernel)?
         };
-        session.note(&format!(
-            "up after {} ms",
-            started.elapsed().as_millis()
-        ));
+        session.note(&format!("up after {} ms", started.elapsed().as_millis()));
         Ok(Session { started, ..session })
     }
 
@@ -240,13 +237,14 @@ impl Session {
                 }
                 Kind::Exit => {
                     let code = number(&payload)?;
-                    let code = u8::try_from(code).map_err(|_| {
-                        LabError::Protocol(format!("{code} is not an exit code"))
-                    })?;
+                    let code = u8::try_from(code)
+                        .map_err(|_| LabError::Protocol(format!("{code} is not an exit code")))?;
                     return Ok(Outcome { code });
                 }
                 Kind::Failure => {
-                    return Err(LabError::Agent(String::from_utf8_lossy(&payload).into_owned()));
+                    return Err(LabError::Agent(
+                        String::from_utf8_lossy(&payload).into_owned(),
+                    ));
                 }
                 _ => Ok(()),
             };

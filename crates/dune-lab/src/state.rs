@@ -52,13 +52,24 @@ fn folder_for(qemu: &Path, config: &Config, kernel: &Kernel) -> Result<PathBuf, 
         .file(&kernel.image)?
         .bytes(initramfs::AGENT)
         .bytes(&wire::VERSION.to_le_bytes())
-        .bytes(machine::describe(config).as_bytes());
+        .bytes(machine::describe(config).as_bytes())
+        .bytes(host_cpu().as_bytes());
     for module in &kernel.modules {
         key = key.bytes(module.as_os_str().as_encoded_bytes());
     }
     let mut name = machine::short_name(config).into_os_string();
     name.push(format!("-{}", key.hex()));
     Ok(cache::folder("states")?.join(name))
+}
+
+/// The host's CPU: the guest remembers the frequency of its TSC.
+fn host_cpu() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .unwrap_or_default()
+        .lines()
+        .find(|line| line.starts_with("model name"))
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn make(qemu: &Path, config: &Config, kernel: &Kernel, draft: &Path) -> Result<(), LabError> {
@@ -77,8 +88,13 @@ fn wake_from(
 ) -> Result<Session, LabError> {
     let ram = folder.join("ram");
     let initramfs = folder.join(INITRAMFS);
-    let mut machine =
-        Machine::start(qemu, config, &kernel.image, &initramfs, Memory::Waking(&ram))?;
+    let mut machine = Machine::start(
+        qemu,
+        config,
+        &kernel.image,
+        &initramfs,
+        Memory::Waking(&ram),
+    )?;
     machine.wake(&folder.join("devices"))?;
     // Its time says when it was used last.
     let _ = std::fs::File::create(folder.join("used"));
