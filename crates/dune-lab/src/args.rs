@@ -11,6 +11,7 @@ use signal_hook::iterator::Signals;
 
 use crate::config::{Command, Config};
 use crate::error::{LabError, io_error};
+use crate::intel;
 use crate::session::{Link, Output, Session};
 use crate::stdio::Input;
 use crate::terminal::{self, RawMode, Streams};
@@ -33,7 +34,7 @@ pub struct LabArgs {
     #[arg(long)]
     pub icount: bool,
 
-    /// Let the guest write this folder (up to four times).
+    /// Let the guest write this folder (can be repeated).
     #[arg(long, value_name = "DIR")]
     pub share: Vec<PathBuf>,
 
@@ -53,6 +54,16 @@ pub struct LabArgs {
     /// Say what happens and how long it takes.
     #[arg(long, short)]
     pub verbose: bool,
+
+    /// Emulate an Intel CPU (VMX with EPT) by Bochs instead of an AMD one by
+    /// QEMU. The guest does not see the host's files: the command's program
+    /// and libraries are taken along.
+    #[arg(long, conflicts_with_all = ["cpus", "icount", "share", "cold"])]
+    pub intel: bool,
+
+    /// With --intel: take this file or folder along (repeatable).
+    #[arg(long, value_name = "PATH", requires = "intel")]
+    pub with: Vec<PathBuf>,
 
     /// The command and its arguments.
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
@@ -98,9 +109,15 @@ pub fn run(args: &LabArgs) -> Result<u8, LabError> {
     let Some((program, arguments)) = args.command.split_first() else {
         return Err(LabError::Options("no command given".to_owned()));
     };
-    let command = Command::new(program)
-        .args(arguments)
-        .timeout(args.timeout);
+    let command = Command::new(program).args(arguments).timeout(args.timeout);
+    if args.intel {
+        let mut output = Output {
+            stdout: &mut std::io::stdout().lock(),
+            stderr: &mut std::io::stderr(),
+        };
+        return intel::run_on_intel(&config, &command, &args.with, &mut output)
+            .map(|outcome| outcome.code);
+    }
     let mut session = Session::start(&config)?;
     let input = Input::from_process();
     let streams = Streams::of_process();

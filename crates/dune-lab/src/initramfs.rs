@@ -17,12 +17,15 @@ pub(crate) const AGENT: &[u8] = include_bytes!(env!("DUNE_LAB_AGENT"));
 
 /// Writes the archive to a file.
 pub(crate) fn write(modules: &[PathBuf], target: &Path) -> Result<(), LabError> {
-    std::fs::write(target, build(modules)?)
-        .map_err(io_error(format!("write {}", target.display())))
+    std::fs::write(target, build(modules)?).map_err(io_error(format!("write {}", target.display())))
 }
 
-/// Builds the archive: agent, modules, and the folders the agent mounts on.
 fn build(modules: &[PathBuf]) -> Result<Vec<u8>, LabError> {
+    base(modules).map(Archive::finish)
+}
+
+/// Begins an archive: agent, modules, and the folders the agent mounts on.
+pub(crate) fn base(modules: &[PathBuf]) -> Result<Archive, LabError> {
     let mut archive = Archive::default();
     for folder in ["dev", "proc", "sys", "modules", "tmp", "root"] {
         archive.folder(folder);
@@ -40,7 +43,7 @@ fn build(modules: &[PathBuf]) -> Result<Vec<u8>, LabError> {
         list.push('\n');
     }
     archive.file("modules/list", 0o644, list.as_bytes());
-    Ok(archive.finish())
+    Ok(archive)
 }
 
 fn module_name(path: &Path) -> String {
@@ -74,7 +77,19 @@ impl Archive {
         // inode, mode, uid, gid, links, time, size, device of the file,
         // device it is, length of the name, checksum.
         let fields = [
-            self.entries, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0,
+            self.entries,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            size,
+            0,
+            0,
+            device.0,
+            device.1,
+            name_size,
+            0,
         ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {

@@ -11,6 +11,7 @@
 //!     machine                    the emulator's process
 //!     state                      saved states: wake up instead of booting
 //!     stdio, terminal, wire      streams, and the frames they travel in
+//!   intel    the other lab: Bochs with an emulated Intel CPU
 //!   agent/   the guest's first process (a program of its own)
 //! ```
 //!
@@ -31,6 +32,7 @@ mod cache;
 mod config;
 mod error;
 mod initramfs;
+mod intel;
 mod kernel;
 mod machine;
 mod progress;
@@ -44,6 +46,7 @@ mod wire;
 pub use args::{LabArgs, run};
 pub use config::{Command, Config, MAX_SHARES, Outcome};
 pub use error::{GuestState, LabError};
+pub use intel::run_on_intel;
 pub use kernel::Kernel;
 pub use progress::Step;
 pub use session::{Output, Session};

@@ -1,7 +1,7 @@
 //! What the host and the agent in the guest say to each other.
 //!
-//! One byte stream in each direction (a virtio port under QEMU, a serial line
-//! under Bochs), cut into frames:
+//! One byte stream in each direction (a virtio port under QEMU, a file and the
+//! parallel port under Bochs), cut into frames:
 //!
 //! ```text
 //!   0      1            5               5 + length
@@ -12,6 +12,7 @@
 //!
 //! This file is compiled twice: into the library, and by the build script into
 //! the agent, which is linked statically and knows nothing but `std`.
+#![allow(dead_code, reason = "each side encodes what the other decodes")]
 
 use std::io::{self, Read, Write};
 
@@ -21,6 +22,13 @@ pub(crate) const VERSION: u32 = 1;
 
 /// The name of the virtio port that carries the frames.
 pub(crate) const PORT_NAME: &str = "dune.lab";
+
+/// The word on the kernel's command line that makes the agent write to the
+/// parallel port and read from [`GIVEN_FRAMES`].
+pub(crate) const PARALLEL_PORT_OPTION: &str = "dune_lab.port=parallel";
+
+/// The file of the initial RAM file system with the host's frames.
+pub(crate) const GIVEN_FRAMES: &str = "frames";
 
 /// Frames longer than this are a broken stream, not a message.
 pub(crate) const MAX_PAYLOAD: usize = 16 << 20;

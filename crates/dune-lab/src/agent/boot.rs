@@ -2,21 +2,17 @@
 //! for a command.
 
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
 use crate::sys;
-use crate::wire::{PORT_NAME, Request, Root};
+use crate::wire::{Request, Root};
 
 /// Where the kernel modules lie in the initial RAM file system; the file
 /// `list` names them in the order of loading.
 const MODULES: &str = "/modules";
-
-/// How long a device may take to appear after its module was loaded.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// `msize` is the largest that virtio carries; `loose` because the host's
 /// files are taken as unchanging while the guest runs.
@@ -84,56 +80,16 @@ fn load_modules() -> io::Result<()> {
     Ok(())
 }
 
-/// Opens the stream to the host: the port named on the kernel's command line
-/// (`dune_lab.port=/dev/ttyS1`), or else the virtio port of the lab.
-pub(crate) fn open_port() -> io::Result<File> {
-    let command_line = fs::read_to_string("/proc/cmdline")?;
-    let named = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("dune_lab.port="));
-    if let Some(path) = named {
-        let line = open(Path::new(path))?;
-        sys::make_raw(&line).map_err(during(path))?;
-        return Ok(line);
-    }
-    let deadline = Instant::now() + DEVICE_PATIENCE;
-    loop {
-        if let Some(path) = find_virtio_port() {
-            return open(&path);
-        }
-        if Instant::now() > deadline {
-            return Err(io::Error::other("the virtio port of the lab did not appear"));
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .map_err(during(path.display().to_string()))
-}
-
-fn find_virtio_port() -> Option<PathBuf> {
-    for entry in fs::read_dir("/sys/class/virtio-ports").ok()?.flatten() {
-        let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
-        let device = Path::new("/dev").join(entry.file_name());
-        if name.trim_end() == PORT_NAME && device.exists() {
-            return Some(device);
-        }
-    }
-    None
-}
-
 /// Brings the guest up to date with the host and moves it into its root file
 /// system. Done once, when the first command arrives: what came before may
 /// have been saved long ago, and a mounted 9p cannot be saved.
 pub(crate) fn adopt(request: &Request) -> io::Result<()> {
     sys::set_clock(request.clock_seconds, request.clock_nanoseconds).map_err(during("clock"))?;
     if !request.entropy.is_empty() {
-        let urandom = open(Path::new("/dev/urandom"))?;
+        let urandom = OpenOptions::new()
+            .write(true)
+            .open("/dev/urandom")
+            .map_err(during("/dev/urandom"))?;
         sys::seed_random(&urandom, &request.entropy).map_err(during("random seed"))?;
     }
     fs::write("/proc/sys/kernel/hostname", &request.hostname).map_err(during("host name"))?;

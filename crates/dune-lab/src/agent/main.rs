@@ -11,20 +11,22 @@
 
 mod boot;
 mod exec;
+mod kernel_log;
+mod port;
 mod sys;
 #[path = "../wire.rs"]
 mod wire;
 
-use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use exec::Running;
+use port::Port;
 use wire::{Kind, Request};
 
 /// The host's end of the stream, shared by the threads that write to it.
-#[derive(Clone, Debug)]
-struct Link(Arc<Mutex<File>>);
+#[derive(Clone)]
+struct Link(Arc<Mutex<Box<dyn Write + Send>>>);
 
 impl Link {
     /// Sends a frame; when the host is gone the guest has no purpose left.
@@ -54,15 +56,24 @@ fn main() {
 
 fn serve() -> io::Result<()> {
     if std::process::id() != 1 {
-        return Err(io::Error::other("the agent is the first process of the lab's guest"));
+        return Err(io::Error::other(
+            "the agent is the first process of the lab's guest",
+        ));
     }
     boot::devices()?;
-    let mut port = boot::open_port()?;
-    let link = Link(Arc::new(Mutex::new(port.try_clone()?)));
+    let Port {
+        mut input,
+        output,
+        reports_unasked,
+    } = port::open()?;
+    let link = Link(Arc::new(Mutex::new(output)));
     link.send(Kind::Hello, &wire::VERSION.to_le_bytes());
+    if reports_unasked {
+        kernel_log::follow(&link)?;
+    }
     let mut adopted = false;
     let mut running: Option<Running> = None;
-    while let Some((kind, payload)) = wire::receive(&mut port)? {
+    while let Some((kind, payload)) = wire::receive(&mut input)? {
         match (kind, &running) {
             (Kind::Exec, _) => {
                 let Some(request) = Request::decode(&payload) else {
@@ -98,41 +109,10 @@ fn serve() -> io::Result<()> {
                 }
             }
             (Kind::KernelLog, _) => {
-                link.send(Kind::KernelLogText, kernel_log().as_bytes());
+                link.send(Kind::KernelLogText, kernel_log::so_far().as_bytes());
             }
             _ => {}
         }
     }
     Ok(())
-}
-
-/// The kernel's messages so far, one to a line.
-fn kernel_log() -> String {
-    use std::io::Read;
-    use std::os::unix::fs::OpenOptionsExt;
-
-    const O_NONBLOCK: i32 = 0o4000;
-    let opened = std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(O_NONBLOCK)
-        .open("/dev/kmsg");
-    let Ok(mut log) = opened else {
-        return String::new();
-    };
-    let mut text = String::new();
-    let mut record = vec![0; 8192];
-    // Each read gives one record: "priority,sequence,time,flags;message".
-    while let Ok(count) = log.read(&mut record) {
-        let line = String::from_utf8_lossy(&record[..count]);
-        let (head, message) = line.split_once(';').unwrap_or(("", &line));
-        let microseconds: u64 = head
-            .split(',')
-            .nth(2)
-            .and_then(|field| field.parse().ok())
-            .unwrap_or(0);
-        let message = message.lines().next().unwrap_or("");
-        let (seconds, rest) = (microseconds / 1_000_000, microseconds % 1_000_000);
-        text.push_str(&format!("[{seconds:5}.{rest:06}] {message}\n"));
-    }
-    text
 }

@@ -7,6 +7,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -37,9 +38,7 @@ mod ffi {
         pub(super) fn sync();
         pub(super) fn reboot(how: c_int) -> c_int;
         pub(super) fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-        pub(super) fn tcgetattr(fd: c_int, termios: *mut c_void) -> c_int;
-        pub(super) fn tcsetattr(fd: c_int, actions: c_int, termios: *const c_void) -> c_int;
-        pub(super) fn cfmakeraw(termios: *mut c_void);
+        pub(super) fn ioperm(from: c_ulong, count: c_ulong, on: c_int) -> c_int;
     }
 }
 
@@ -175,17 +174,48 @@ pub(crate) fn resize(terminal: &File, rows: u16, columns: u16) -> io::Result<()>
     check(unsafe { ffi::ioctl(terminal.as_raw_fd(), TIOCSWINSZ, size.as_ptr()) }).map(drop)
 }
 
-/// Makes a serial line pass every byte unchanged.
-pub(crate) fn make_raw(line: &File) -> io::Result<()> {
-    // struct termios of glibc has 60 bytes; u32 for its alignment.
-    let mut termios = [0_u32; 32];
-    let pointer: *mut c_void = termios.as_mut_ptr().cast();
-    // SAFETY: the buffer is larger than struct termios.
-    check(unsafe { ffi::tcgetattr(line.as_raw_fd(), pointer) })?;
-    // SAFETY: as above, and filled by the call before.
-    unsafe { ffi::cfmakeraw(pointer) };
-    // SAFETY: as above.
-    check(unsafe { ffi::tcsetattr(line.as_raw_fd(), 0, pointer) }).map(drop)
+/// The registers of the first parallel port, for the thread that acquired them.
+pub(crate) struct ParallelRegisters {
+    /// I/O permissions belong to a thread.
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl ParallelRegisters {
+    /// Data; status follows, then control.
+    const DATA: u16 = 0x378;
+    /// The printer is selected and not being reset.
+    const READY: u8 = 0x0c;
+    const STROBE: u8 = 0x01;
+
+    /// Asks the kernel for the permission to use them.
+    pub(crate) fn acquire() -> io::Result<ParallelRegisters> {
+        // SAFETY: no memory is passed.
+        check(unsafe { ffi::ioperm(c_ulong::from(Self::DATA), 3, 1) })?;
+        Ok(ParallelRegisters {
+            _of_this_thread: PhantomData,
+        })
+    }
+
+    /// Hands a byte to the emulated printer, which takes it at once.
+    pub(crate) fn strobe(&self, byte: u8) {
+        // SAFETY: this thread may write to the three ports (see `acquire`); a
+        // printer reads no memory. The assembly touches nothing else.
+        unsafe {
+            std::arch::asm!(
+                "out dx, al",
+                "add edx, 2",
+                "mov al, {on}",
+                "out dx, al",
+                "mov al, {off}",
+                "out dx, al",
+                on = const Self::READY | Self::STROBE,
+                off = const Self::READY,
+                inout("edx") u32::from(Self::DATA) => _,
+                inout("al") byte => _,
+                options(nomem, nostack),
+            );
+        }
+    }
 }
 
 /// What the command becomes before its program starts.

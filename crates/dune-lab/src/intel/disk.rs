@@ -23,9 +23,10 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::error::{LabError, io_error};
+use crate::kernel::{u16_at, u32_at, u64_at};
 use crate::machine::memory_file;
 
-std::arch::global_asm!(include_str!("boot.S"), options(att_syntax));
+std::arch::global_asm!(include_str!("boot.S"), options(att_syntax, raw));
 
 const SECTOR: usize = 512;
 /// The geometry the disk is described with; its size is a multiple of it.
@@ -218,16 +219,16 @@ impl<'a> Kernel<'a> {
         if image.get(..5)? != b"\x7fELF\x02" {
             return None;
         }
-        let table = usize::try_from(read_u64(image, 32)?).ok()?;
-        let size = usize::from(read_u16(image, 54)?);
-        let count = usize::from(read_u16(image, 56)?);
+        let table = usize::try_from(u64_at(image, 32)?).ok()?;
+        let size = usize::from(u16_at(image, 54)?);
+        let count = usize::from(u16_at(image, 56)?);
         let (mut segments, mut entry, mut end) = (Vec::new(), None, 0);
         for index in 0..count {
             let header = image.get(table.checked_add(index * size)?..)?;
-            let kind = read_u32(header, 0)?;
-            let offset = usize::try_from(read_u64(header, 8)?).ok()?;
-            let physical = read_u64(header, 24)?;
-            let length = usize::try_from(read_u64(header, 32)?).ok()?;
+            let kind = u32_at(header, 0)?;
+            let offset = usize::try_from(u64_at(header, 8)?).ok()?;
+            let physical = u64_at(header, 24)?;
+            let length = usize::try_from(u64_at(header, 32)?).ok()?;
             let bytes = image.get(offset..offset.checked_add(length)?);
             match kind {
                 LOAD => {
@@ -236,7 +237,7 @@ impl<'a> Kernel<'a> {
                     if used > 0 {
                         segments.push((physical, &bytes[..used]));
                     }
-                    end = end.max(physical.checked_add(read_u64(header, 40)?)?);
+                    end = end.max(physical.checked_add(u64_at(header, 40)?)?);
                 }
                 NOTE => entry = entry.or_else(|| pvh_entry(bytes?)),
                 _ => {}
@@ -253,28 +254,16 @@ impl<'a> Kernel<'a> {
 /// Looks for the PVH entry point among ELF notes.
 fn pvh_entry(mut notes: &[u8]) -> Option<u32> {
     loop {
-        let name_size = read_u32(notes, 0)? as usize;
-        let value_size = read_u32(notes, 4)? as usize;
-        let kind = read_u32(notes, 8)?;
+        let name_size = u32_at(notes, 0)? as usize;
+        let value_size = u32_at(notes, 4)? as usize;
+        let kind = u32_at(notes, 8)?;
         let value_at = 12 + name_size.next_multiple_of(4);
         let name = notes.get(12..12 + name_size)?;
         if kind == NOTE_PHYS32_ENTRY && name == b"Xen\0" {
-            return read_u32(notes, value_at);
+            return u32_at(notes, value_at);
         }
         notes = notes.get(value_at + value_size.next_multiple_of(4)..)?;
     }
-}
-
-fn read_u16(bytes: &[u8], offset: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
-}
-
-fn read_u32(bytes: &[u8], offset: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
-}
-
-fn read_u64(bytes: &[u8], offset: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 #[cfg(test)]
@@ -339,7 +328,7 @@ mod tests {
         assert_eq!(bytes.len(), disk.cylinders * HEADS * SECTORS_PER_TRACK * SECTOR);
         assert_eq!(&bytes[510..512], &[0x55, 0xaa]);
         let table = boot_code().len();
-        let word = |index: usize| read_u32(&bytes, table + 4 * index).unwrap();
+        let word = |index: usize| u32_at(&bytes, table + 4 * index).unwrap();
         assert_eq!([word(0), word(1), word(2)], [1 << 20, 1, 1]);
         assert_eq!([word(3), word(4), word(5)], [4 << 20, 2, 2]);
         assert_eq!([word(6), word(7), word(8)], [0, 0, 0]);
