@@ -41,6 +41,11 @@ errnos! {
 }
 
 impl Errno {
+    /// The kernel's internal answer for "interrupted, start again"; the guard
+    /// uses it for calls that a signal prevented from beginning. Programs
+    /// never see it.
+    pub const ERESTARTSYS: Self = Self(512);
+
     /// From the kernel's number, or `None` outside 1 to 4095.
     #[must_use]
     pub const fn new(number: i32) -> Option<Self> {

@@ -1,9 +1,52 @@
 //! The sandbox: unmodified Linux programs held in ring 3.
+//!
+//! A program runs in this process, at its own addresses, in ring 3 of a
+//! virtual CPU whose page tables show it nothing but its own memory
+//! ([`range`]). Everything else it wants, it has to ask for, and the guard
+//! answers ([`Guard`]):
+//!
+//! 1. an [`engine`] runs ring 3 until the next trap;
+//! 2. [`Guard::on_trap`] looks up a system call in the one [`table`] of all
+//!    calls, checks its arguments by its row, and forwards, emulates or
+//!    refuses it (`calls`), or admits a page from the table of areas
+//!    ([`vma`]), or delivers a signal;
+//! 3. what goes to the kernel goes by a raw system call ([`host`]), what is
+//!    copied from or to the program by [`user`].
+//!
+//! [`Command`] starts all that.
+//!
+//! # What holds a hostile program
+//!
+//! - The host kernel is never handed an address outside user memory: pointers
+//!   are checked by [`range::UserRange`], nested ones after copying.
+//! - Unknown calls, unknown `ioctl` and `fcntl` requests and unknown flags of
+//!   memory calls are refused, never passed on.
+//! - The guard's descriptors do not exist for the program; `/proc` does not
+//!   show it the guard.
+//!
+//! # What is not here yet
+//!
+//! - Confinement of the host side (Landlock, seccomp): a program has the
+//!   rights of whoever runs it over files and processes.
+//! - Threads and processes: `clone`, `fork` and `vfork` give `ENOSYS`, as do
+//!   sockets. `execve` works.
+//! - A vDSO: clocks are system calls.
+//! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
+mod calls;
+pub mod command;
 pub mod engine;
+pub mod guard;
 pub mod host;
+pub mod launch;
 pub mod range;
+mod signal;
+pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod user;
 pub mod vma;
+
+pub use command::{Command, Outcome, RunError};
+pub use guard::{End, Guard, MissingCall, Resume};
+pub use launch::LaunchError;

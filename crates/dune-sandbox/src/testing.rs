@@ -78,3 +78,11 @@ impl Drop for UserPages {
         let _ = unsafe { syscall(general::__NR_munmap, args) };
     }
 }
+
+/// A guard over the mock engine, without a program.
+pub(crate) fn guard() -> crate::guard::Guard {
+    crate::guard::Guard::new(
+        Box::new(crate::engine::mock::MockEngine::new()),
+        crate::signal::Signals::new(),
+    )
+}

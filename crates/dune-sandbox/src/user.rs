@@ -144,30 +144,49 @@ impl<'a> UserMemory<'a> {
         self.write(addr, value.as_bytes())
     }
 
-    /// Reads a string up to its final zero, which the result includes.
+    /// Reads a string up to its final zero, which the result includes, of at
+    /// most `max` bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`UserMemory::read_cstr_into`].
+    pub fn read_cstr(self, addr: u64, max: usize) -> Result<Vec<u8>, Errno> {
+        let mut text = Vec::new();
+        let mut len = 256.min(max);
+        loop {
+            text.resize(len, 0);
+            match self.read_cstr_into(addr, &mut text) {
+                Ok(len) => {
+                    text.truncate(len);
+                    return Ok(text);
+                }
+                Err(Errno::ENAMETOOLONG) if len < max => len = (len * 16).min(max),
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Reads a string with its final zero into `buffer` and returns its length
+    /// with the zero.
     ///
     /// # Errors
     ///
     /// `EFAULT` if it runs into memory that the program cannot read,
-    /// `ENAMETOOLONG` if there is no zero among the first `max` bytes.
-    pub fn read_cstr(self, addr: u64, max: usize) -> Result<Vec<u8>, Errno> {
-        let mut text = Vec::new();
-        while text.len() < max {
-            let at = addr.checked_add(text.len() as u64).ok_or(Errno::EFAULT)?;
+    /// `ENAMETOOLONG` if there is no zero among the bytes that fit.
+    pub fn read_cstr_into(self, addr: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let mut len = 0;
+        while len < buffer.len() {
+            let at = addr.checked_add(len as u64).ok_or(Errno::EFAULT)?;
             // To the end of the page: the next one may not be there. Start
             // small, for most strings are short.
             let rest_of_page = (PAGE_SIZE - at % PAGE_SIZE) as usize;
-            let chunk =
-                rest_of_page
-                    .min(max - text.len())
-                    .min(if text.is_empty() { 128 } else { 4096 });
-            let old = text.len();
-            text.resize(old + chunk, 0);
-            self.read(at, &mut text[old..])?;
-            if let Some(zero) = text[old..].iter().position(|&byte| byte == 0) {
-                text.truncate(old + zero + 1);
-                return Ok(text);
+            let most = if len == 0 { 128 } else { PAGE_SIZE as usize };
+            let end = len + rest_of_page.min(most).min(buffer.len() - len);
+            self.read(at, &mut buffer[len..end])?;
+            if let Some(zero) = buffer[len..end].iter().position(|&byte| byte == 0) {
+                return Ok(len + zero + 1);
             }
+            len = end;
         }
         Err(Errno::ENAMETOOLONG)
     }

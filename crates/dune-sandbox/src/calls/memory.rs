@@ -1,0 +1,457 @@
+//! Memory: `mmap`, `mprotect`, `munmap`, `mremap`, `brk`, `madvise`.
+//!
+//! The guard chooses every address, so the host kernel only ever gets
+//! `MAP_FIXED` or `MAP_FIXED_NOREPLACE` inside the user's part. Order of
+//! steps: see [`crate::engine`].
+//!
+//! Differences from Linux, all on the safe side: huge page mappings fail as if
+//! none were reserved, `MAP_GROWSDOWN` mappings do not grow, `mprotect` over a
+//! hole changes nothing, `mremap` neither duplicates nor leaves the old range.
+
+use linux_raw_sys::general::{
+    __NR_fstatfs, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_munmap, MADV_COLD,
+    MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK, MADV_DONTNEED,
+    MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL,
+    MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
+    MADV_SEQUENTIAL, MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS,
+    MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE,
+    MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MREMAP_FIXED,
+    MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
+};
+
+use crate::calls::{forward_always, own_mut};
+use crate::engine::Access;
+use crate::guard::Guard;
+use crate::host::{Errno, SysResult};
+use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
+use crate::table::Args;
+use crate::vma::{Attributes, Backing, Sharing, effective};
+
+/// Where the program's memory grows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Space {
+    /// First address of the heap, page-aligned.
+    pub(crate) heap_start: u64,
+    /// The program break, of any alignment.
+    pub(crate) heap_end: u64,
+    /// Mappings are placed downwards from here.
+    pub(crate) mmap_top: u64,
+}
+
+/// `MAP_32BIT` places a mapping below this.
+const LOW_TOP: u64 = 0x8000_0000;
+
+/// Flags of `mmap` that the host kernel may see as they are.
+const PLAIN_FLAGS: u32 =
+    MAP_ANONYMOUS | MAP_NORESERVE | MAP_POPULATE | MAP_NONBLOCK | MAP_LOCKED | MAP_SYNC;
+
+/// The rights in a `prot` argument.
+fn access_of(prot: u64) -> Result<Access, Errno> {
+    if prot & !u64::from(PROT_READ | PROT_WRITE | PROT_EXEC | PROT_SEM) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    // PROT_READ, PROT_WRITE and PROT_EXEC are the bits of `Access`.
+    Ok(Access::from_bits_truncate(prot as u8))
+}
+
+/// The rights of the host mapping: those that ring 3 has in effect, but never
+/// the right to execute, which the host process needs for nothing.
+pub(crate) fn host_prot(access: Access) -> u64 {
+    u64::from((effective(access) - Access::EXEC).bits())
+}
+
+/// `len` rounded up to pages.
+fn page_len(len: u64) -> Option<u64> {
+    len.checked_next_multiple_of(PAGE_SIZE)
+}
+
+pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
+    let [addr, len, prot, flags, fd, offset] = args;
+    let flags = flags as u32;
+    let access = access_of(prot)?;
+    if len == 0 || !offset.is_multiple_of(PAGE_SIZE) {
+        return Err(Errno::EINVAL);
+    }
+    let len = page_len(len).ok_or(Errno::ENOMEM)?;
+    let sharing = match flags & MAP_TYPE {
+        MAP_PRIVATE => Sharing::Private,
+        MAP_SHARED | MAP_SHARED_VALIDATE => Sharing::Shared,
+        _ => return Err(Errno::EINVAL),
+    };
+    let anonymous = flags & MAP_ANONYMOUS != 0;
+    if flags & MAP_HUGETLB != 0 {
+        return Err(Errno::ENOMEM);
+    }
+    if !anonymous && access.contains(Access::EXEC) {
+        refuse_noexec(fd)?;
+    }
+    let range = choose(guard, addr, len, flags)?;
+    guard
+        .process
+        .limits
+        .check_address_space(guard.areas.bytes(), len)?;
+
+    let place = if guard.areas.is_free(range) {
+        MAP_FIXED_NOREPLACE
+    } else {
+        guard.revoke(range)?;
+        MAP_FIXED
+    };
+    let host_flags = (flags & (PLAIN_FLAGS | MAP_TYPE)) | place;
+    forward_always(
+        __NR_mmap,
+        [
+            range.start(),
+            len,
+            host_prot(access),
+            u64::from(host_flags),
+            fd,
+            offset,
+        ],
+    )?;
+    let backing = if anonymous {
+        Backing::Anonymous
+    } else {
+        Backing::File
+    };
+    guard.areas.map(
+        range,
+        Attributes {
+            access,
+            sharing,
+            backing,
+        },
+    );
+    Ok(range.start())
+}
+
+/// Where a mapping goes.
+fn choose(guard: &Guard, addr: u64, len: u64, flags: u32) -> Result<PageRange, Errno> {
+    if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0 {
+        if !addr.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
+        if addr < USER_LO {
+            // As below vm.mmap_min_addr.
+            return Err(Errno::EPERM);
+        }
+        let range = PageRange::new(addr, len).ok_or(Errno::ENOMEM)?;
+        if flags & MAP_FIXED_NOREPLACE != 0 && !guard.areas.is_free(range) {
+            return Err(Errno::EEXIST);
+        }
+        return Ok(range);
+    }
+    let hint = PageRange::new(addr & !(PAGE_SIZE - 1), len);
+    if let Some(hint) = hint.filter(|hint| guard.areas.is_free(*hint)) {
+        return Ok(hint);
+    }
+    let top = if flags & MAP_32BIT != 0 {
+        LOW_TOP
+    } else {
+        guard.space.mmap_top
+    };
+    guard
+        .areas
+        .find_free(len, USER_LO, top)
+        .or_else(|| guard.areas.find_free(len, USER_LO, USER_TOP))
+        .ok_or(Errno::ENOMEM)
+}
+
+/// `EPERM` for a file on a file system mounted `noexec`: the host does not see
+/// `PROT_EXEC`, so the guard has to ask.
+fn refuse_noexec(fd: u64) -> Result<(), Errno> {
+    const ST_NOEXEC: u64 = 8;
+    /// Index of `f_flags` in `struct statfs`.
+    const F_FLAGS: usize = 10;
+    let mut statfs = [0_u64; 15];
+    forward_always(__NR_fstatfs, [fd, own_mut(&mut statfs), 0, 0, 0, 0])?;
+    if statfs[F_FLAGS] & ST_NOEXEC != 0 {
+        Err(Errno::EPERM)
+    } else {
+        Ok(())
+    }
+}
+
+pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
+    let [addr, len, prot, ..] = args;
+    let access = access_of(prot)?;
+    if !addr.is_multiple_of(PAGE_SIZE) {
+        return Err(Errno::EINVAL);
+    }
+    if len == 0 {
+        return Ok(0);
+    }
+    let range = page_len(len)
+        .and_then(|len| PageRange::new(addr, len))
+        .ok_or(Errno::ENOMEM)?;
+    if !guard.areas.is_mapped(range) {
+        return Err(Errno::ENOMEM);
+    }
+    // Area by area, so that a refusal half-way leaves the table true.
+    let pieces: Vec<(PageRange, Access)> = guard
+        .areas
+        .overlapping(range)
+        .filter_map(|area| Some((area.range.intersect(range)?, area.attributes.access)))
+        .collect();
+    for (piece, old) in pieces {
+        if old == access {
+            continue;
+        }
+        guard.revoke(piece)?;
+        protect_piece(guard, piece, old, access)?;
+    }
+    Ok(0)
+}
+
+fn protect_piece(
+    guard: &mut Guard,
+    piece: PageRange,
+    old: Access,
+    new: Access,
+) -> Result<(), Errno> {
+    let set =
+        |prot: u64| forward_always(__NR_mprotect, [piece.start(), piece.len(), prot, 0, 0, 0]);
+    if (effective(old) - effective(new)) == Access::EXEC {
+        // The host does not see that right: make it drop the pages' copies
+        // in a shadowing KVM by taking everything first.
+        set(u64::from(PROT_NONE))?;
+    }
+    if let Err(errno) = set(host_prot(new)) {
+        // A part may have changed: undo it, so that no right in the table is
+        // missing in the host.
+        set(host_prot(old))?;
+        return Err(errno);
+    }
+    guard.areas.protect(piece, new).map_err(|_| Errno::ENOMEM)
+}
+
+pub(crate) fn munmap(guard: &mut Guard, args: Args) -> SysResult {
+    let [addr, len, ..] = args;
+    if !addr.is_multiple_of(PAGE_SIZE) || len == 0 {
+        return Err(Errno::EINVAL);
+    }
+    let range = page_len(len)
+        .and_then(|len| PageRange::new(addr, len))
+        .ok_or(Errno::EINVAL)?;
+    unmap(guard, range)?;
+    Ok(0)
+}
+
+/// Unmaps whatever is in `range`.
+pub(crate) fn unmap(guard: &mut Guard, range: PageRange) -> Result<(), Errno> {
+    if guard.areas.is_free(range) {
+        return Ok(());
+    }
+    guard.revoke(range)?;
+    forward_always(__NR_munmap, [range.start(), range.len(), 0, 0, 0, 0])?;
+    guard.areas.unmap(range);
+    Ok(())
+}
+
+pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
+    let [addr, old_len, new_len, flags, new_addr, _] = args;
+    let flags = flags as u32;
+    if flags & !(MREMAP_MAYMOVE | MREMAP_FIXED) != 0
+        || (flags & MREMAP_FIXED != 0 && flags & MREMAP_MAYMOVE == 0)
+        || !addr.is_multiple_of(PAGE_SIZE)
+    {
+        return Err(Errno::EINVAL);
+    }
+    let pages = |start, len| page_len(len).and_then(|len| PageRange::new(start, len));
+    let old = pages(addr, old_len).ok_or(Errno::EINVAL)?;
+    let new_len = page_len(new_len)
+        .filter(|&len| len != 0)
+        .ok_or(Errno::EINVAL)?;
+    let area = guard.areas.find(addr).ok_or(Errno::EFAULT)?;
+    if old.end() > area.range.end() {
+        return Err(Errno::EFAULT);
+    }
+    let attributes = area.attributes;
+    if new_len > old.len() {
+        guard
+            .process
+            .limits
+            .check_address_space(guard.areas.bytes(), new_len - old.len())?;
+    }
+
+    let new = if flags & MREMAP_FIXED != 0 {
+        let new = pages(new_addr, new_len).ok_or(Errno::EINVAL)?;
+        if new.intersect(old).is_some() {
+            return Err(Errno::EINVAL);
+        }
+        unmap(guard, new)?;
+        new
+    } else {
+        if new_len <= old.len() {
+            if let Some(tail) = PageRange::new(old.start() + new_len, old.len() - new_len) {
+                unmap(guard, tail)?;
+            }
+            return Ok(old.start());
+        }
+        let grown = PageRange::new(old.start(), new_len);
+        let next = PageRange::new(old.end(), new_len - old.len());
+        if let (Some(grown), Some(next)) = (grown, next)
+            && guard.areas.is_free(next)
+        {
+            let in_place = [old.start(), old.len(), new_len, 0, 0, 0];
+            if forward_always(__NR_mremap, in_place).is_ok() {
+                guard.areas.map(grown, attributes);
+                return Ok(grown.start());
+            }
+        }
+        if flags & MREMAP_MAYMOVE == 0 {
+            return Err(Errno::ENOMEM);
+        }
+        guard
+            .areas
+            .find_free(new_len, USER_LO, guard.space.mmap_top)
+            .ok_or(Errno::ENOMEM)?
+    };
+    guard.revoke(old)?;
+    let moving = u64::from(MREMAP_MAYMOVE | MREMAP_FIXED);
+    forward_always(
+        __NR_mremap,
+        [old.start(), old.len(), new_len, moving, new.start(), 0],
+    )?;
+    guard.areas.unmap(old);
+    guard.areas.map(new, attributes);
+    Ok(new.start())
+}
+
+/// Returns the break in force, new or old: the kernel's `brk` never fails.
+pub(crate) fn brk(guard: &mut Guard, args: Args) -> SysResult {
+    let [wanted, ..] = args;
+    let Space {
+        heap_start,
+        heap_end,
+        ..
+    } = guard.space;
+    if wanted < heap_start || wanted >= USER_TOP {
+        return Ok(heap_end);
+    }
+    let old_top = heap_end.next_multiple_of(PAGE_SIZE);
+    let new_top = wanted.next_multiple_of(PAGE_SIZE);
+    let done = if new_top > old_top {
+        grow_heap(guard, old_top, new_top - old_top)
+    } else {
+        match PageRange::new(new_top, old_top - new_top) {
+            Some(tail) => unmap(guard, tail),
+            None => Ok(()),
+        }
+    };
+    if done.is_ok() {
+        guard.space.heap_end = wanted;
+    }
+    Ok(guard.space.heap_end)
+}
+
+fn grow_heap(guard: &mut Guard, at: u64, len: u64) -> Result<(), Errno> {
+    let range = PageRange::new(at, len).ok_or(Errno::ENOMEM)?;
+    if !guard.areas.is_free(range) {
+        return Err(Errno::ENOMEM);
+    }
+    guard
+        .process
+        .limits
+        .check_address_space(guard.areas.bytes(), len)?;
+    let access = Access::READ | Access::WRITE;
+    map_anonymous(
+        guard,
+        range,
+        Attributes {
+            backing: Backing::Heap,
+            ..Attributes::anonymous(access)
+        },
+    )
+}
+
+/// Maps fresh private memory where nothing is mapped.
+pub(crate) fn map_anonymous(
+    guard: &mut Guard,
+    range: PageRange,
+    attributes: Attributes,
+) -> Result<(), Errno> {
+    let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE);
+    let prot = host_prot(attributes.access);
+    forward_always(
+        __NR_mmap,
+        [range.start(), range.len(), prot, flags, u64::MAX, 0],
+    )?;
+    guard.areas.map(range, attributes);
+    Ok(())
+}
+
+/// Maps a piece of a file privately where nothing is mapped.
+pub(crate) fn map_file(
+    guard: &mut Guard,
+    range: PageRange,
+    access: Access,
+    fd: std::os::fd::RawFd,
+    offset: u64,
+) -> Result<(), Errno> {
+    let flags = u64::from(MAP_PRIVATE | MAP_FIXED_NOREPLACE);
+    let prot = host_prot(access);
+    forward_always(
+        __NR_mmap,
+        [range.start(), range.len(), prot, flags, fd as u64, offset],
+    )?;
+    let attributes = Attributes {
+        access,
+        sharing: Sharing::Private,
+        backing: Backing::File,
+    };
+    guard.areas.map(range, attributes);
+    Ok(())
+}
+
+/// Sets the rights of pages that are mapped.
+pub(crate) fn set_access(guard: &mut Guard, range: PageRange, access: Access) -> Result<(), Errno> {
+    let prot = u64::from(access.bits());
+    mprotect(guard, [range.start(), range.len(), prot, 0, 0, 0]).map(drop)
+}
+
+pub(crate) fn madvise(guard: &mut Guard, args: Args) -> SysResult {
+    let [addr, len, advice, ..] = args;
+    let advice = advice as u32;
+    let known = matches!(
+        advice,
+        MADV_NORMAL
+            | MADV_RANDOM
+            | MADV_SEQUENTIAL
+            | MADV_WILLNEED
+            | MADV_DONTNEED
+            | MADV_FREE
+            | MADV_REMOVE
+            | MADV_DONTFORK
+            | MADV_DOFORK
+            | MADV_MERGEABLE
+            | MADV_UNMERGEABLE
+            | MADV_HUGEPAGE
+            | MADV_NOHUGEPAGE
+            | MADV_DONTDUMP
+            | MADV_DODUMP
+            | MADV_WIPEONFORK
+            | MADV_KEEPONFORK
+            | MADV_COLD
+            | MADV_PAGEOUT
+            | MADV_POPULATE_READ
+            | MADV_POPULATE_WRITE
+            | MADV_COLLAPSE
+    );
+    if !known || !addr.is_multiple_of(PAGE_SIZE) {
+        return Err(Errno::EINVAL);
+    }
+    if len == 0 {
+        return Ok(0);
+    }
+    let len = page_len(len).ok_or(Errno::EINVAL)?;
+    let range = UserRange::new(addr, len)
+        .and_then(PageRange::covering)
+        .ok_or(Errno::ENOMEM)?;
+    // Rights do not change, only contents: page tables stay as they are.
+    let _ = guard;
+    forward_always(
+        __NR_madvise,
+        [range.start(), range.len(), u64::from(advice), 0, 0, 0],
+    )
+}

@@ -1,0 +1,252 @@
+//! Starting a program in the sandbox, in the manner of
+//! [`std::process::Command`].
+
+use std::ffi::{CString, OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use dune_loader::{ImageError, find_command};
+
+use crate::engine::{Engine, EngineError};
+use crate::guard::{End, Guard, MissingCall};
+use crate::launch::{self, LaunchError};
+use crate::range::USER_HI;
+use crate::signal::{self, Signals};
+
+/// A program to be run, with its arguments and environment.
+///
+/// The program runs *in this process*: it has the process's descriptors,
+/// working directory and id, and the thread that runs it. One program can run
+/// at a time in a process, and the process should have no other thread that
+/// takes signals.
+///
+/// ```no_run
+/// use dune_sandbox::Command;
+///
+/// let engine = dune_sandbox::engine::on_host::OnHost::new()?;
+/// let outcome = Command::new("ls").args(["-l", "/"]).run(Box::new(engine))?;
+/// outcome.end.leave()
+/// # ; Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Command {
+    program: OsString,
+    name: Option<OsString>,
+    args: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    directory: Option<PathBuf>,
+}
+
+/// What became of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// System calls it made that the guard does not have, each answered with
+    /// `ENOSYS` (`ENOTTY` for `ioctl` requests).
+    pub missing: Vec<MissingCall>,
+}
+
+/// Why a program could not be run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It could not be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The working directory could not be entered.
+    #[error("cannot enter {}: {source}", path.display())]
+    Directory {
+        /// The directory asked for.
+        path: PathBuf,
+        /// What the host kernel said.
+        source: std::io::Error,
+    },
+    /// An argument or a variable has a zero byte in it.
+    #[error("{0:?} holds a zero byte, which no argument or variable can")]
+    ZeroByte(OsString),
+    /// Something of this process is where the program has to go.
+    #[error(
+        "this process has memory at {start:#x}, below {USER_HI:#x}, where the program has to go; \
+         link the binary as a position-independent executable, and do not run it under tools \
+         that move it there"
+    )]
+    Occupied {
+        /// Where the first such mapping begins.
+        start: u64,
+    },
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+impl RunError {
+    /// The exit code that a shell gives: 127 if the program was not found, 126
+    /// if it cannot be run, 125 if the sandbox itself failed.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        const SANDBOX_FAILED: u8 = 125;
+        match self {
+            Self::Launch(LaunchError::Image(error)) => error.exit_code(),
+            Self::Launch(LaunchError::Map { .. }) => dune_loader::EXIT_CANNOT_RUN,
+            _ => SANDBOX_FAILED,
+        }
+    }
+}
+
+impl From<ImageError> for RunError {
+    fn from(error: ImageError) -> Self {
+        Self::Launch(error.into())
+    }
+}
+
+impl Command {
+    /// Runs `program`, looked up in `PATH` if it has no slash, with this
+    /// process's environment and directory and no arguments.
+    #[must_use]
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        Self {
+            program: program.as_ref().to_owned(),
+            name: None,
+            args: Vec::new(),
+            environment: std::env::vars_os().collect(),
+            directory: None,
+        }
+    }
+
+    /// Sets `argv[0]`, which otherwise is the program as given.
+    #[must_use]
+    pub fn arg0(mut self, name: impl AsRef<OsStr>) -> Self {
+        self.name = Some(name.as_ref().to_owned());
+        self
+    }
+
+    /// Adds an argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Sets a variable of the environment.
+    #[must_use]
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        let (key, value) = (key.as_ref().to_owned(), value.as_ref().to_owned());
+        self.environment.retain(|(other, _)| *other != key);
+        self.environment.push((key, value));
+        self
+    }
+
+    /// Empties the environment.
+    #[must_use]
+    pub fn env_clear(mut self) -> Self {
+        self.environment.clear();
+        self
+    }
+
+    /// Starts the program in `directory`.
+    #[must_use]
+    pub fn current_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.directory = Some(directory.into());
+        self
+    }
+
+    /// Runs the program to its end.
+    ///
+    /// Signals whose default action ends the process end it here as well,
+    /// unless the program caused them itself; the caller mimics those with
+    /// [`End::leave`].
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started, or the engine fails.
+    pub fn run(self, engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
+        check_user_space_is_free()?;
+        // The path is looked up before the directory changes, as by a shell
+        // that does `cd DIR && exec PROGRAM`: relative ones after it.
+        if let Some(path) = &self.directory {
+            std::env::set_current_dir(path).map_err(|source| RunError::Directory {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        let search = self
+            .environment
+            .iter()
+            .find(|(key, _)| key == "PATH")
+            .map(|(_, value)| value.as_os_str());
+        let path = find_command(&self.program, search)?;
+        let name = self.name.as_ref().unwrap_or(&self.program);
+        let argv = core::iter::once(name)
+            .chain(&self.args)
+            .map(|arg| c_string(arg))
+            .collect::<Result<Vec<_>, _>>()?;
+        let envp = self
+            .environment
+            .iter()
+            .map(|(key, value)| {
+                let mut text = key.clone();
+                text.push("=");
+                text.push(value);
+                c_string(&text)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let mut guard = Guard::new(engine, Signals::inherited());
+        signal::host::forbid_core_dumps();
+        let prepared = launch::prepare(&path, argv, &envp, guard.process.limits.stack())?;
+        let mut user = prepared.load(&mut guard)?;
+        let end = guard.run(&mut user)?;
+        let missing = guard.missing_calls().collect();
+        Ok(Outcome { end, missing })
+    }
+}
+
+impl End {
+    /// Ends this process as the program ended: with its exit status, or by the
+    /// signal it died of, so that a shell sees no difference.
+    pub fn leave(self) -> ! {
+        match self {
+            Self::Exit(status) => std::process::exit(status.into()),
+            Self::Killed(signal) => {
+                signal::host::set_default(signal);
+                signal::host::set_mask(0);
+                signal::host::raise(signal);
+                // Not reached unless the signal is one that does not kill.
+                std::process::exit(128 + signal as i32)
+            }
+        }
+    }
+}
+
+fn c_string(text: &OsStr) -> Result<CString, RunError> {
+    CString::new(text.as_bytes()).map_err(|_| RunError::ZeroByte(text.to_owned()))
+}
+
+/// The program's part of the address space must be empty: what is there would
+/// be within its reach.
+fn check_user_space_is_free() -> Result<(), RunError> {
+    let failed = |source| LaunchError::Host {
+        what: "/proc/self/maps",
+        source,
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").map_err(failed)?;
+    // The lines are in the order of addresses.
+    let first = maps
+        .split('-')
+        .next()
+        .and_then(|start| u64::from_str_radix(start, 16).ok())
+        .ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))?;
+    if first < USER_HI {
+        Err(RunError::Occupied { start: first })
+    } else {
+        Ok(())
+    }
+}

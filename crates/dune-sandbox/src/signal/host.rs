@@ -1,0 +1,151 @@
+//! Dispositions and mask of the host process, by raw calls.
+
+#![expect(
+    unsafe_code,
+    reason = "rt_sigaction and rt_sigprocmask of the host process"
+)]
+
+use core::arch::naked_asm;
+
+use linux_raw_sys::general::{
+    __NR_getpid, __NR_gettid, __NR_prlimit64, __NR_rt_sigaction, __NR_rt_sigprocmask,
+    __NR_rt_sigreturn, __NR_tgkill, RLIMIT_CORE, SA_NOCLDSTOP, SA_NOCLDWAIT, SA_RESTORER,
+    SA_SIGINFO,
+};
+
+use crate::host::{SysResult, syscall};
+use crate::signal::record::{call_interruptible, recorder};
+use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SigSet};
+
+/// Bytes of the kernel's signal set.
+const SIGSET_LEN: u64 = 8;
+const SIG_SETMASK: u64 = 2;
+
+/// The disposition of `signal` as the host process has it.
+pub(crate) fn disposition(signal: u32) -> Option<Action> {
+    let mut old = Action::default();
+    let args = [
+        u64::from(signal),
+        0,
+        (&raw mut old).expose_provenance() as u64,
+        SIGSET_LEN,
+        0,
+        0,
+    ];
+    // SAFETY: the kernel writes one sigaction to `old`.
+    unsafe { syscall(__NR_rt_sigaction, args) }
+        .ok()
+        .map(|_| old)
+}
+
+/// Gives `signal` its default action.
+pub(crate) fn set_default(signal: u32) {
+    // Fails only for signals whose action cannot be changed.
+    let _ = set(
+        signal,
+        &Action {
+            handler: SIG_DFL,
+            ..Action::default()
+        },
+    );
+}
+
+/// Makes the host process treat `signal` as the program asked by `action`:
+/// default and ignore are the host's own, a handler becomes the recorder.
+pub(crate) fn install(signal: u32, action: &Action) -> SysResult {
+    let kept = action.flags & u64::from(SA_NOCLDSTOP | SA_NOCLDWAIT);
+    match action.disposition() {
+        Disposition::Default => set(
+            signal,
+            &Action {
+                handler: SIG_DFL,
+                flags: kept,
+                ..Action::default()
+            },
+        ),
+        Disposition::Ignore => set(
+            signal,
+            &Action {
+                handler: SIG_IGN,
+                flags: kept,
+                ..Action::default()
+            },
+        ),
+        Disposition::Handler => {
+            let handler: unsafe extern "C" fn(i32, *const crate::signal::SigInfo, *mut u8) =
+                recorder;
+            set(
+                signal,
+                &Action {
+                    handler: handler as usize as u64,
+                    // No SA_RESTART: the guard decides about that.
+                    flags: kept | u64::from(SA_SIGINFO | SA_RESTORER),
+                    restorer: restorer as *const () as usize as u64,
+                    mask: u64::MAX,
+                },
+            )
+        }
+    }
+}
+
+fn set(signal: u32, action: &Action) -> SysResult {
+    let new = (&raw const *action).expose_provenance() as u64;
+    // SAFETY: the kernel reads one sigaction; its handler is the default, to
+    // ignore, or the recorder, which is made for it.
+    unsafe {
+        syscall(
+            __NR_rt_sigaction,
+            [u64::from(signal), new, 0, SIGSET_LEN, 0, 0],
+        )
+    }
+}
+
+/// Sets the thread's mask of blocked signals.
+///
+/// If a signal was noted already, or is before the kernel has changed the
+/// mask, nothing happens: everything stays blocked, and who takes that signal
+/// sets the mask. Were it set here, a second signal would overwrite the first.
+pub(crate) fn set_mask(mask: SigSet) {
+    let new = (&raw const mask).expose_provenance() as u64;
+    // SAFETY: the kernel reads 8 bytes. Otherwise it cannot fail with these
+    // arguments.
+    let _ = unsafe {
+        call_interruptible(
+            __NR_rt_sigprocmask,
+            &[SIG_SETMASK, new, 0, SIGSET_LEN, 0, 0],
+        )
+    };
+}
+
+/// The thread's mask of blocked signals.
+pub(crate) fn mask() -> SigSet {
+    let mut old: SigSet = 0;
+    let out = (&raw mut old).expose_provenance() as u64;
+    // SAFETY: the kernel writes 8 bytes to `old`.
+    let _ = unsafe { syscall(__NR_rt_sigprocmask, [SIG_SETMASK, 0, out, SIGSET_LEN, 0, 0]) };
+    old
+}
+
+/// Sends `signal` to this thread.
+pub(crate) fn raise(signal: u32) {
+    // SAFETY: neither call touches memory.
+    let pid = unsafe { syscall(__NR_getpid, [0; 6]) }.unwrap_or(0);
+    // SAFETY: likewise.
+    let tid = unsafe { syscall(__NR_gettid, [0; 6]) }.unwrap_or(0);
+    // SAFETY: a signal to ourselves; what it does is what the caller wants.
+    let _ = unsafe { syscall(__NR_tgkill, [pid, tid, u64::from(signal), 0, 0, 0]) };
+}
+
+/// Forbids core dumps of this process: they would hold the guard.
+pub(crate) fn forbid_core_dumps() {
+    let none = [0_u64; 2];
+    let new = (&raw const none).expose_provenance() as u64;
+    // SAFETY: the kernel reads one rlimit64.
+    let _ = unsafe { syscall(__NR_prlimit64, [0, u64::from(RLIMIT_CORE), new, 0, 0, 0]) };
+}
+
+/// Where the kernel sends the recorder's return.
+#[unsafe(naked)]
+unsafe extern "C" fn restorer() {
+    naked_asm!("mov eax, {nr}", "syscall", nr = const __NR_rt_sigreturn)
+}
