@@ -164,6 +164,15 @@ pub(crate) fn prepare(
 }
 
 impl Prepared {
+    /// The files that [`Prepared::load`] maps.
+    fn files(&self) -> Vec<RawFd> {
+        let linker = self.program.linker.as_ref();
+        core::iter::once(&self.program.image)
+            .chain(linker)
+            .map(|image| image.file.as_raw_fd())
+            .collect()
+    }
+
     /// Maps the program into a user space that is empty, and returns the state
     /// it starts in.
     ///
@@ -220,7 +229,9 @@ pub(crate) fn replace(
         Err(error) => return Answer::Return(Err(errno_of(&error))),
     };
     // From here on there is no way back to the old program.
-    let start = clear(guard).and_then(|()| prepared.load(guard).map_err(|error| errno_of(&error)));
+    let files = prepared.files();
+    let start =
+        clear(guard, &files).and_then(|()| prepared.load(guard).map_err(|error| errno_of(&error)));
     match start {
         Ok(start) => {
             *user = start;
@@ -231,12 +242,12 @@ pub(crate) fn replace(
 }
 
 /// Takes away what does not survive `execve`.
-fn clear(guard: &mut Guard) -> Result<(), Errno> {
+fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
     let areas: Vec<PageRange> = guard.areas.iter().map(|area| area.range).collect();
     for range in areas {
         unmap(guard, range)?;
     }
-    fd::close_on_exec(guard);
+    fd::close_on_exec(guard, kept);
     for signal in 1..=SIGNALS {
         if guard.signals.action(signal).disposition() == Disposition::Handler {
             guard.signals.set_action(signal, Action::default());

@@ -60,8 +60,8 @@ fn pieces(first: u32, last: u32, hidden: &[RawFd]) -> Vec<(u32, u32)> {
     pieces
 }
 
-/// Closes what `execve` closes.
-pub(crate) fn close_on_exec(guard: &Guard) {
+/// Closes what `execve` closes, except `kept`, which the guard still needs.
+pub(crate) fn close_on_exec(guard: &Guard, kept: &[RawFd]) {
     let Ok(folder) = std::fs::read_dir("/proc/self/fd") else {
         return;
     };
@@ -71,7 +71,7 @@ pub(crate) fn close_on_exec(guard: &Guard) {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     for fd in fds {
-        if guard.is_hidden_fd(fd) {
+        if guard.is_hidden_fd(fd) || kept.contains(&fd) {
             continue;
         }
         let get = [fd as u64, u64::from(F_GETFD), 0, 0, 0, 0];
