@@ -14,6 +14,7 @@ use dune_x86::trap::vector;
 
 use crate::arch;
 use crate::error::EnterError;
+use crate::memory::FrameArena;
 use crate::memory::identity::{IdentityTables, high};
 use crate::options::Options;
 
@@ -27,6 +28,7 @@ const FATAL_IST: u8 = 2;
 pub(crate) struct Machine {
     vm: Vm,
     tables: IdentityTables,
+    frames: FrameArena,
     interrupt_table: u64,
     /// The process that the VM belongs to; another one after a `fork`.
     owner: AtomicI32,
@@ -66,6 +68,7 @@ impl Machine {
         .map_err(EnterError::Platform)?;
         crate::host::fault::prepare();
         let tables = IdentityTables::new(&vm)?;
+        let frames = FrameArena::new(&vm, &tables)?;
         let interrupt_table = sys::map_anonymous(VECTORS * size_of::<Gate>())
             .map_err(EnterError::Memory)?
             .cast::<Gate>();
@@ -86,6 +89,7 @@ impl Machine {
         let machine = Self {
             vm,
             tables,
+            frames,
             interrupt_table: interrupt_table as u64,
             owner: AtomicI32::new(sys::getpid()),
         };
@@ -120,6 +124,15 @@ impl Machine {
         &self.tables
     }
 
+    pub(crate) fn frames(&self) -> &FrameArena {
+        &self.frames
+    }
+
+    /// Whether the CPU has process-context identifiers, and they are on.
+    pub(crate) fn has_pcid(&self) -> bool {
+        self.vm.host().leaf(1, 0).2 & (1 << 17) != 0
+    }
+
     pub(crate) fn interrupt_table(&self) -> u64 {
         self.interrupt_table
     }
@@ -132,9 +145,10 @@ impl Machine {
         self.vm.host().xcr0
     }
 
-    /// Root of the process's own page tables.
+    /// What the process's own page tables are loaded with: PCID 0, keeping its entries.
     pub(crate) fn cr3(&self) -> u64 {
-        self.tables.root()
+        const NO_FLUSH: u64 = 1 << 63;
+        self.tables.root() | if self.has_pcid() { NO_FLUSH } else { 0 }
     }
 
     /// Makes sure that the guest reaches `length` bytes at `start`. Either side; no

@@ -28,6 +28,7 @@ use dune_x86::descriptors::{GDT_ENTRIES, TaskState, global_descriptor_table};
 use crate::arch;
 use crate::error::EnterError;
 use crate::machine::Machine;
+use crate::memory::ValidPcids;
 use crate::memory::identity::high;
 use crate::signals::{AltStack, SignalTable};
 
@@ -102,6 +103,9 @@ pub(crate) struct ThreadArea {
     pub(crate) flush_page: *mut u8,
     /// Signal mask with which a new thread starts.
     pub(crate) start_mask: u64,
+    /// The address space that ring 3 runs in on this vCPU: its PCID plus one, or 0.
+    pub(crate) running_pcid: AtomicU32,
+    pub(crate) valid_pcids: ValidPcids,
     /// Instruction at which the host side refused memory, and how often in a row.
     pub(crate) refused: (u64, u32),
 }
@@ -199,6 +203,8 @@ impl ThreadArea {
             rseq: (0, 0),
             flush_page,
             start_mask: 0,
+            running_pcid: AtomicU32::new(0),
+            valid_pcids: ValidPcids::new(),
             refused: (0, 0),
         };
         // SAFETY: fresh memory of the right size and alignment.
@@ -270,6 +276,8 @@ impl ThreadArea {
         machine: &Machine,
         registers: &kvm_bindings::kvm_regs,
     ) -> Result<(), EnterError> {
+        crate::memory::forget_all(self);
+        self.running_pcid.store(0, Ordering::Relaxed);
         let tables = self.system_tables(machine);
         let Some(vcpu) = self.vcpu.as_ref() else {
             return Err(EnterError::Memory(Errno::EIO));
@@ -314,6 +322,12 @@ impl ThreadArea {
             .iter()
             .take(count)
             .filter_map(|slot| NonNull::new(slot.load(Ordering::Acquire)))
+    }
+
+    /// Whether one area is all there is, so that no other vCPU can hold translations.
+    #[inline]
+    pub(crate) fn only_one() -> bool {
+        AREA_COUNT.load(Ordering::Acquire) <= 1
     }
 
     /// How many areas are in use.

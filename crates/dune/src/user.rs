@@ -1,14 +1,326 @@
-//! Ring 3: running code that is not trusted.
+//! Ring 3: running code that is not trusted, in an address space of its own.
+//!
+//! ```text
+//!   run():  save the callee-saved registers; load CR3, extended state, registers; IRETQ
+//!             ring 3 ...
+//!           trap or SYSCALL -> entry stub: everything into the context; process's CR3 back
+//!   ... run() returns the trap
+//! ```
 #![expect(unsafe_code, reason = "the context is shared with the entry stub")]
 
-use dune_x86::trap::TrapFrame;
+use core::arch::asm;
+use core::cell::Cell;
+use core::marker::PhantomData;
+use core::sync::atomic::Ordering;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
-/// The registers of code in ring 3.
+use dune_x86::descriptors::{RFLAGS_FIXED, RFLAGS_IF, RFLAGS_USER, USER_CS, USER_SS};
+use dune_x86::trap::{PageFaultError, TrapFrame, vector};
+
+use crate::arch::{self, VECTOR_NOTIFY, VECTOR_SYSCALL};
+use crate::guest::call::InterruptsOff;
+use crate::machine::Machine;
+use crate::memory::identity::high;
+use crate::memory::{AddressSpace, SpaceError};
+use crate::thread::ThreadArea;
+
+/// Why ring 3 came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trap {
+    /// A `SYSCALL` instruction: number in `rax`, arguments in `rdi`, `rsi`, `rdx`, `r10`,
+    /// `r8`, `r9`; `rip` is behind it.
+    Syscall,
+    /// A page fault; `rip` is at the instruction.
+    PageFault {
+        /// The address.
+        address: u64,
+        /// Why.
+        cause: PageFaultError,
+    },
+    /// Another exception.
+    Exception {
+        /// Which.
+        vector: u8,
+        /// The CPU's error code, or 0.
+        error: u32,
+    },
+    /// A signal arrived for the thread; its handler has run. Ring 3 can just be run again.
+    Interrupted,
+}
+
+/// What the entry stub knows: registers, segment bases, root, and behind it the extended
+/// state.
 #[derive(Debug)]
-#[repr(C)]
-pub struct UserContext {
+#[repr(C, align(64))]
+pub(crate) struct UserFrame {
     pub(crate) frame: TrapFrame,
     pub(crate) fs_base: u64,
     pub(crate) gs_base: u64,
     pub(crate) cr3: u64,
+}
+
+/// The registers of code in ring 3, general and extended.
+///
+/// Belongs to the thread that made it.
+#[derive(Debug)]
+pub struct UserContext {
+    inner: *mut UserFrame,
+    layout: Layout,
+    xsave_size: usize,
+    not_send: PhantomData<*mut ()>,
+}
+
+const XSTATE_MXCSR: usize = 24;
+const DEFAULT_MXCSR: u32 = 0x1f80;
+const XSTATE_FCW: usize = 0;
+const DEFAULT_FCW: u16 = 0x37f;
+
+impl UserContext {
+    /// A context that starts at `rip` with the stack pointer `rsp`; all other registers zero,
+    /// the extended state as after a reset.
+    ///
+    /// # Errors
+    /// [`SpaceError::NotEntered`] before the first entry into Dune mode.
+    pub fn new(rip: u64, rsp: u64) -> Result<Self, SpaceError> {
+        let machine = Machine::get().ok_or(SpaceError::NotEntered)?;
+        let xsave_size = machine.xsave_size() as usize;
+        let layout = Layout::from_size_align(size_of::<UserFrame>() + xsave_size, 64)
+            .map_err(|_| SpaceError::NotEntered)?;
+        // SAFETY: the size is not zero.
+        let inner = unsafe { alloc_zeroed(layout) }.cast::<UserFrame>();
+        if inner.is_null() {
+            handle_alloc_error(layout);
+        }
+        let mut context = Self {
+            inner,
+            layout,
+            xsave_size,
+            not_send: PhantomData,
+        };
+        // Under a trap there is nobody who could make a window.
+        machine.cover(inner as u64, layout.size() as u64)?;
+        let xsave = context.xsave();
+        // SAFETY: within the area.
+        unsafe { xsave.add(XSTATE_MXCSR).cast::<u32>().write(DEFAULT_MXCSR) };
+        // SAFETY: as above.
+        unsafe { xsave.add(XSTATE_FCW).cast::<u16>().write(DEFAULT_FCW) };
+        let frame = context.registers_mut();
+        frame.rip = rip;
+        frame.rsp = rsp;
+        frame.rflags = RFLAGS_FIXED | RFLAGS_IF;
+        Ok(context)
+    }
+
+    fn inner(&self) -> &UserFrame {
+        // SAFETY: allocated by `new`; the stub writes only while `run` borrows mutably.
+        unsafe { &*self.inner }
+    }
+
+    fn inner_mut(&mut self) -> &mut UserFrame {
+        // SAFETY: as above.
+        unsafe { &mut *self.inner }
+    }
+
+    fn xsave(&self) -> *mut u8 {
+        self.inner.wrapping_add(1).cast()
+    }
+
+    /// The registers. `vector`, `error`, `cs`, `ss`, `cr2` and what follows are the last
+    /// trap's and are not taken from here by [`run`](Self::run).
+    #[must_use]
+    pub fn registers(&self) -> &TrapFrame {
+        &self.inner().frame
+    }
+
+    /// The registers, to be changed.
+    pub fn registers_mut(&mut self) -> &mut TrapFrame {
+        &mut self.inner_mut().frame
+    }
+
+    /// Base address of FS.
+    #[must_use]
+    pub fn fs_base(&self) -> u64 {
+        self.inner().fs_base
+    }
+
+    /// Sets the base address of FS. [`run`](Self::run) refuses one that is not canonical.
+    pub fn set_fs_base(&mut self, base: u64) {
+        self.inner_mut().fs_base = base;
+    }
+
+    /// Base address of GS.
+    #[must_use]
+    pub fn gs_base(&self) -> u64 {
+        self.inner().gs_base
+    }
+
+    /// Sets the base address of GS.
+    pub fn set_gs_base(&mut self, base: u64) {
+        self.inner_mut().gs_base = base;
+    }
+
+    /// The extended state in XSAVE's standard format (SDM vol. 1, 13.4).
+    #[must_use]
+    pub fn extended_state(&self) -> &[u8] {
+        // SAFETY: allocated behind the frame; the CPU writes only while `run` borrows
+        // mutably.
+        unsafe { core::slice::from_raw_parts(self.xsave(), self.xsave_size) }
+    }
+
+    /// Replaces the extended state. What the CPU would refuse (features that it does not
+    /// have, reserved bits) is cleared; what is missing at the end is taken as zero.
+    pub fn set_extended_state(&mut self, state: &[u8]) {
+        const HEADER: usize = 512;
+        const HEADER_END: usize = 576;
+        const MXCSR_MASK: u32 = 0xffff;
+        // SAFETY: as above, and `self` is borrowed mutably.
+        let area = unsafe { core::slice::from_raw_parts_mut(self.xsave(), self.xsave_size) };
+        area.fill(0);
+        let length = state.len().min(area.len());
+        area[..length].copy_from_slice(&state[..length]);
+        let word = |area: &[u8], at: usize| {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&area[at..at + 4]);
+            u32::from_le_bytes(bytes)
+        };
+        let allowed = Machine::get().map_or(3, Machine::xcr0);
+        let features =
+            (u64::from(word(area, HEADER)) | u64::from(word(area, HEADER + 4)) << 32) & allowed;
+        area[HEADER..HEADER_END].fill(0);
+        area[HEADER..HEADER + 8].copy_from_slice(&features.to_le_bytes());
+        let mxcsr = word(area, XSTATE_MXCSR) & MXCSR_MASK;
+        area[XSTATE_MXCSR..XSTATE_MXCSR + 4].copy_from_slice(&mxcsr.to_le_bytes());
+    }
+
+    /// Runs ring 3 in `space` until it traps, and returns why. No exit.
+    ///
+    /// Flags that ring 3 may not have are cleared. An instruction pointer or segment base
+    /// that is not canonical is returned as the exception that it would be, without running.
+    ///
+    /// # Errors
+    /// [`SpaceError::NotEntered`] outside Dune mode.
+    #[inline]
+    pub fn run(&mut self, space: &AddressSpace) -> Result<Trap, SpaceError> {
+        if !crate::is_inside() {
+            return Err(SpaceError::NotEntered);
+        }
+        let size = size_of::<UserFrame>() as u64;
+        let address = self.inner as u64;
+        let inner = self.inner_mut();
+        if !is_user(inner.frame.rip) || !is_user(inner.fs_base) || !is_user(inner.gs_base) {
+            return Ok(Trap::Exception {
+                vector: vector::GENERAL_PROTECTION,
+                error: 0,
+            });
+        }
+        inner.frame.cs = u64::from(USER_CS);
+        inner.frame.ss = u64::from(USER_SS);
+        inner.frame.rflags = (inner.frame.rflags & RFLAGS_USER) | RFLAGS_FIXED | RFLAGS_IF;
+        {
+            let _off = InterruptsOff::new();
+            let loaded = Loaded::new(space);
+            inner.cr3 = loaded.cr3();
+            let area = ThreadArea::current();
+            // SAFETY: the area is this thread's; interrupts are off, so no signal handler
+            // can use it in between.
+            unsafe { (*area).user = high(address) };
+            // SAFETY: as above.
+            unsafe { (*area).user_xsave = high(address + size) };
+            // SAFETY: the context is complete and mapped.
+            unsafe { arch::dune_run_user() };
+        }
+        let inner = self.inner();
+        Ok(match inner.frame.vector {
+            VECTOR_SYSCALL => Trap::Syscall,
+            number if number == u64::from(VECTOR_NOTIFY) => {
+                deliver_now();
+                Trap::Interrupted
+            }
+            number if number == u64::from(vector::PAGE_FAULT) => Trap::PageFault {
+                address: inner.frame.cr2,
+                cause: PageFaultError::from_bits_truncate(inner.frame.error as u32),
+            },
+            number => Trap::Exception {
+                vector: number as u8,
+                error: inner.frame.error as u32,
+            },
+        })
+    }
+}
+
+impl Drop for UserContext {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` with this layout.
+        unsafe { dealloc(self.inner.cast(), self.layout) };
+    }
+}
+
+/// In the lower half: what ring 3 may have as an instruction pointer or base.
+fn is_user(address: u64) -> bool {
+    address >> 47 == 0
+}
+
+/// The interrupt that told of the signal was taken in ring 3: take it again here.
+fn deliver_now() {
+    // SAFETY: the gate leads to the stub that delivers what waits.
+    unsafe { asm!("int {}", const VECTOR_NOTIFY) };
+}
+
+/// A claim to run an address space on this vCPU (see memory/tlb.rs).
+pub(crate) struct Loaded {
+    cr3: u64,
+    keep: u64,
+    before: Cell<u32>,
+}
+
+impl Loaded {
+    #[inline]
+    pub(crate) fn new(space: &AddressSpace) -> Self {
+        const NO_FLUSH: u64 = 1 << 63;
+        let pcid = space.pcid();
+        // SAFETY: in Dune mode the current area is this thread's.
+        let area = unsafe { &*ThreadArea::current() };
+        if pcid == 0 {
+            let before = Cell::new(area.running_pcid.load(Ordering::Relaxed));
+            return Self {
+                cr3: space.root(),
+                keep: 0,
+                before,
+            };
+        }
+        let before = area
+            .running_pcid
+            .swap(u32::from(pcid) + 1, Ordering::SeqCst);
+        let kept = if area.valid_pcids.set(pcid) {
+            NO_FLUSH
+        } else {
+            0
+        };
+        Self {
+            cr3: space.root() | u64::from(pcid) | kept,
+            keep: NO_FLUSH,
+            before: Cell::new(before),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn cr3(&self) -> u64 {
+        self.cr3
+    }
+
+    /// Bit 63 for the load of the tables from before, whose entries may be kept.
+    #[inline]
+    pub(crate) fn keep(&self) -> u64 {
+        self.keep
+    }
+}
+
+impl Drop for Loaded {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: in Dune mode the current area is this thread's.
+        let area = unsafe { &*ThreadArea::current() };
+        area.running_pcid
+            .store(self.before.get(), Ordering::Release);
+    }
 }

@@ -9,7 +9,7 @@ use dune_x86::descriptors::{KERNEL_CS, KERNEL_SS, RFLAGS_FIXED, RFLAGS_IF, RFLAG
 use dune_x86::trap::{ERROR_CODE_VECTORS, TrapFrame};
 
 use crate::thread::{TRAP_STACK, ThreadArea};
-use crate::user::UserContext;
+use crate::user::UserFrame;
 
 /// Port of a forwarded system call.
 pub(crate) const PORT_SYSCALL: u16 = 0x70;
@@ -131,9 +131,9 @@ global_asm!(
     F_XSAVE = const offset_of!(TrapFrame, xsave),
     F_DEPTH = const offset_of!(TrapFrame, depth),
     F_SIZE = const size_of::<TrapFrame>(),
-    U_FS_BASE = const offset_of!(UserContext, fs_base),
-    U_GS_BASE = const offset_of!(UserContext, gs_base),
-    U_CR3 = const offset_of!(UserContext, cr3),
+    U_FS_BASE = const offset_of!(UserFrame, fs_base),
+    U_GS_BASE = const offset_of!(UserFrame, gs_base),
+    U_CR3 = const offset_of!(UserFrame, cr3),
     TRAP_STACK_SIZE = const TRAP_STACK,
     ERROR_CODE_VECTORS = const ERROR_CODE_VECTORS,
     KERNEL_CS = const KERNEL_CS,

@@ -1,0 +1,135 @@
+//! Where page tables live: frames of an arena of this process, and how the walker reaches
+//! them.
+#![expect(unsafe_code, reason = "page tables are raw memory shared with the CPU")]
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use dune_kvm::sys;
+use dune_kvm::vm::Vm;
+use dune_kvm::windows::WINDOW_SIZE;
+use dune_x86::addr::{GuestPhys, PageSize};
+use dune_x86::frame::FramePool;
+use dune_x86::paging::{ENTRIES, FrameAllocator, TableMemory};
+
+use crate::error::EnterError;
+use crate::machine::Machine;
+use crate::memory::identity::IdentityTables;
+
+/// 512 MiB of page tables map a terabyte in 4 KiB pages at the very least. It is address
+/// space only: a frame costs memory from its first use on.
+const FRAMES: usize = 128 << 10;
+const FRAME: usize = 4096;
+
+/// The memory that page tables are kept in, and who has how many references to which frame.
+#[derive(Debug)]
+pub(crate) struct FrameArena {
+    pool: FramePool<'static>,
+}
+
+impl FrameArena {
+    pub(crate) fn new(vm: &Vm, identity: &IdentityTables) -> Result<Self, EnterError> {
+        let length = FRAMES * FRAME;
+        // In one window, so that it is one run of guest physical memory.
+        let reserved = sys::map_anonymous(2 * WINDOW_SIZE as usize).map_err(EnterError::Memory)?;
+        let base = (reserved as u64).next_multiple_of(WINDOW_SIZE);
+        // The rest of the reservation is given back.
+        let tail = base + length as u64;
+        let end = reserved as u64 + 2 * WINDOW_SIZE;
+        // SAFETY: nothing uses the parts before and behind the arena.
+        let _ = unsafe { sys::unmap(reserved, (base - reserved as u64) as usize) };
+        // SAFETY: as above.
+        let _ = unsafe { sys::unmap(tail as *mut u8, (end - tail) as usize) };
+        identity.cover(vm, base, length as u64)?;
+        let words = sys::map_anonymous(FRAMES * size_of::<AtomicU32>())
+            .map_err(EnterError::Memory)?
+            .cast::<AtomicU32>();
+        identity.cover(vm, words as u64, (FRAMES * size_of::<AtomicU32>()) as u64)?;
+        // SAFETY: zeroed memory of that many words, never unmapped.
+        let words = unsafe { core::slice::from_raw_parts(words, FRAMES) };
+        let guest = vm.windows().to_guest(base).unwrap_or(0);
+        FramePool::new(GuestPhys::new(guest), PageSize::Size4KiB, words)
+            .map(|pool| Self { pool })
+            .map_err(|_| EnterError::Memory(sys::Errno::ENOMEM))
+    }
+}
+
+/// The process's page tables as memory: by guest physical address, through the windows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tables(());
+
+impl Tables {
+    pub(crate) const fn new() -> Self {
+        Self(())
+    }
+
+    #[inline]
+    fn entry(table: GuestPhys, index: usize) -> Option<&'static AtomicU64> {
+        let host = Machine::get()?.vm().windows().to_host(table.as_u64())?;
+        // SAFETY: only tables are ever asked for: frames of the arena or of the identity
+        // tables, which are never unmapped, and have 512 entries.
+        Some(unsafe { &*(host as *const AtomicU64).add(index & (ENTRIES - 1)) })
+    }
+}
+
+impl TableMemory for Tables {
+    #[inline]
+    fn read(&self, table: GuestPhys, index: usize) -> u64 {
+        Self::entry(table, index).map_or(0, |entry| entry.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn write(&self, table: GuestPhys, index: usize, value: u64) {
+        if let Some(entry) = Self::entry(table, index) {
+            entry.store(value, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
+    fn compare_exchange(
+        &self,
+        table: GuestPhys,
+        index: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, u64> {
+        match Self::entry(table, index) {
+            Some(entry) => entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed),
+            None => Err(0),
+        }
+    }
+}
+
+/// Frames for page tables, from the arena. Lock-free; costs no exit but at a frame's first
+/// touch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Frames(());
+
+impl Frames {
+    pub(crate) const fn new() -> Self {
+        Self(())
+    }
+
+    /// How many frames are in use.
+    #[must_use]
+    pub fn in_use() -> u32 {
+        Machine::get().map_or(0, |machine| machine.frames().pool.in_use())
+    }
+}
+
+impl FrameAllocator for Frames {
+    fn allocate_table(&self) -> Option<GuestPhys> {
+        let frame = Machine::get()?.frames().pool.allocate()?;
+        let memory = Tables::new();
+        for index in 0..ENTRIES {
+            memory.write(frame, index, 0);
+        }
+        Some(frame)
+    }
+
+    fn free_table(&self, table: GuestPhys) {
+        if let Some(machine) = Machine::get() {
+            // Not one of ours, or free already: a mistake that must do no more damage.
+            let _ = machine.frames().pool.release(table);
+        }
+    }
+}
