@@ -111,6 +111,28 @@ impl FrameAllocator for TestTables<'_> {
     }
 }
 
+/// Tables that a CPU walks: checks that it has forgotten a table that is freed.
+#[derive(Clone, Copy)]
+pub(super) struct Watched<'a> {
+    pub(super) tables: TestTables<'a>,
+    pub(super) cpu: &'a Cpu<'a>,
+}
+
+impl FrameAllocator for Watched<'_> {
+    fn allocate_table(&self) -> Option<GuestPhys> {
+        self.tables.allocate_table()
+    }
+
+    fn free_table(&self, table: GuestPhys) {
+        let links = self.cpu.links.borrow();
+        assert!(
+            links.values().all(|&link| link != table),
+            "{table} is still in use"
+        );
+        self.tables.free_table(table);
+    }
+}
+
 /// A translation in the TLB.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cached {
@@ -132,6 +154,7 @@ pub(super) struct Cpu<'a> {
     pub(super) written: RefCell<BTreeSet<u64>>,
     /// What it may touch on its own while tables are edited.
     pub(super) targets: RefCell<Vec<u64>>,
+    running: Cell<bool>,
     random: Cell<u64>,
     pub(super) flushes: Cell<u32>,
 }
@@ -145,6 +168,7 @@ impl<'a> Cpu<'a> {
             links: RefCell::default(),
             written: RefCell::default(),
             targets: RefCell::default(),
+            running: Cell::new(false),
             random: Cell::new(seed | 1),
             flushes: Cell::new(0),
         }
@@ -165,14 +189,22 @@ impl<'a> Cpu<'a> {
         x
     }
 
-    /// Now and then, touches one of its targets.
-    fn run_ahead(&self) {
+    /// Runs an edit while the CPU touches its targets.
+    pub(super) fn racing<R>(&self, edit: impl FnOnce() -> R) -> R {
+        self.running.set(true);
+        let result = edit();
+        self.running.set(false);
+        result
+    }
+
+    /// Touches one of its targets, in one of `odds` cases (a power of two).
+    fn run_ahead(&self, odds: u64) {
         let targets = self.targets.borrow();
         let random = self.random();
-        if targets.is_empty() || random & 3 == 0 {
+        if !self.running.get() || targets.is_empty() || (random >> 3) & (odds - 1) != 0 {
             return;
         }
-        let target = targets[(random >> 8) as usize % targets.len()];
+        let target = targets[(random >> 16) as usize % targets.len()];
         self.access(va(target), random & 4 == 0);
     }
 
@@ -342,13 +374,48 @@ impl FlushTlb for Cpu<'_> {
     }
 }
 
-/// Memory in which the CPU gets ahead of every compare-and-exchange.
+/// Memory in which the CPU gets ahead of the code under test: now and then
+/// between a read and what follows, mostly around a compare-and-exchange.
 pub(super) struct Racing<'a> {
     pub(super) memory: &'a TestMemory,
     pub(super) cpu: &'a Cpu<'a>,
 }
 
 impl TableMemory for Racing<'_> {
+    fn read(&self, table: GuestPhys, index: usize) -> u64 {
+        let value = self.memory.read(table, index);
+        self.cpu.run_ahead(16);
+        value
+    }
+
+    fn write(&self, table: GuestPhys, index: usize, value: u64) {
+        self.memory.write(table, index, value);
+    }
+
+    fn compare_exchange(
+        &self,
+        table: GuestPhys,
+        index: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, u64> {
+        self.cpu.run_ahead(2);
+        let result = self.memory.compare_exchange(table, index, old, new);
+        self.cpu.run_ahead(2);
+        result
+    }
+}
+
+/// Memory in which another thread gets in before one certain
+/// compare-and-exchange.
+pub(super) struct Interrupted<'a> {
+    pub(super) memory: &'a TestMemory,
+    /// How many go undisturbed.
+    pub(super) countdown: Cell<u32>,
+    pub(super) interruption: &'a dyn Fn(),
+}
+
+impl TableMemory for Interrupted<'_> {
     fn read(&self, table: GuestPhys, index: usize) -> u64 {
         self.memory.read(table, index)
     }
@@ -364,9 +431,10 @@ impl TableMemory for Racing<'_> {
         old: u64,
         new: u64,
     ) -> Result<u64, u64> {
-        self.cpu.run_ahead();
-        let result = self.memory.compare_exchange(table, index, old, new);
-        self.cpu.run_ahead();
-        result
+        // It wraps, far from the next turn.
+        if self.countdown.replace(self.countdown.get().wrapping_sub(1)) == 0 {
+            (self.interruption)();
+        }
+        self.memory.compare_exchange(table, index, old, new)
     }
 }

@@ -1,9 +1,10 @@
 //! The promises that the documentation makes, one by one.
 
+use core::cell::Cell;
 use std::vec;
 use std::vec::Vec;
 
-use super::machine::{Cpu, TABLES, TestMemory, TestTables, pa, range, va};
+use super::machine::{Cpu, Interrupted, TABLES, TestMemory, TestTables, pa, range, va};
 use crate::addr::{GuestVirt, PageSize, VirtRange};
 use crate::frame::FramePool;
 use crate::paging::{
@@ -731,4 +732,143 @@ fn a_root_made_elsewhere_can_be_taken_over() {
     let again: Tables<'_> = PageTable::from_root(root, &memory, TestTables::new(&memory, &pool));
     assert_eq!(again.translate(va(BASE)), Some(pa(0)));
     assert_eq!(again.free(), 3);
+}
+
+/// Runs `edit` on a page table with a 2 MiB page at `BASE`, once for every
+/// compare-and-exchange that it does, with `interruption` by another thread
+/// right before that one. Then everything is unmapped, pruned and freed: every
+/// table must come back.
+fn interrupt_everywhere(
+    edit: impl Fn(&PageTable<Interrupted<'_>, TestTables<'_>>),
+    interruption: impl Fn(&Tables<'_>),
+    check: impl Fn(&Tables<'_>),
+) {
+    for undisturbed in 0.. {
+        let memory = TestMemory::new(32);
+        let pool = memory.pool();
+        let mut plain: Tables<'_> = tables(&memory, &pool);
+        plain
+            .map(va(BASE), pa(0), PageSize::Size2MiB, PteFlags::RW)
+            .unwrap();
+        let interrupted = Cell::new(false);
+        let interrupt = || {
+            interrupted.set(true);
+            interruption(&plain);
+        };
+        let memory_of_edit = Interrupted {
+            memory: &memory,
+            countdown: Cell::new(undisturbed),
+            interruption: &interrupt,
+        };
+        let root = plain.root();
+        edit(&PageTable::from_root(
+            root,
+            memory_of_edit,
+            TestTables::new(&memory, &pool),
+        ));
+        if !interrupted.get() {
+            assert!(undisturbed > 0, "the edit did nothing");
+            return;
+        }
+        check(&plain);
+
+        let lower_half = range(0, 1 << 47);
+        done(plain.unmap(lower_half, |_| ()).unwrap());
+        let cpu = Cpu::new(&memory, 1);
+        plain.prune(lower_half, &cpu);
+        assert_eq!(
+            pool.in_use(),
+            1,
+            "a table was lost ({undisturbed} exchanges before)"
+        );
+        plain.free();
+        assert_eq!(pool.in_use(), 0);
+    }
+}
+
+#[test]
+fn two_threads_make_the_same_tables() {
+    const ELSEWHERE: u64 = BASE + 600 * GIB;
+    interrupt_everywhere(
+        |tables| {
+            let page = VirtRange::page(va(ELSEWHERE), PageSize::Size4KiB);
+            tables
+                .map_range(page, pa(0x7000), PageSize::Size2MiB, PteFlags::R)
+                .unwrap();
+        },
+        |other| {
+            let at = va(ELSEWHERE + 0x1000);
+            other
+                .map(at, pa(0x8000), PageSize::Size4KiB, PteFlags::RW)
+                .unwrap();
+        },
+        |tables| {
+            assert_eq!(tables.translate(va(ELSEWHERE)), Some(pa(0x7000)));
+            assert_eq!(tables.translate(va(ELSEWHERE + 0x1000)), Some(pa(0x8000)));
+        },
+    );
+}
+
+#[test]
+fn two_threads_split_the_same_page() {
+    let page = |number: u64| range(BASE + number * 0x1000, 0x1000);
+    interrupt_everywhere(
+        |tables| done(tables.protect(page(3), PteFlags::R).unwrap()),
+        |other| done(other.protect(page(9), PteFlags::RX).unwrap()),
+        |tables| {
+            let flags = |number| tables.leaf(page(number).start()).unwrap().flags();
+            assert_eq!(flags(3), PteFlags::R);
+            assert_eq!(flags(9), PteFlags::RX);
+            assert_eq!(flags(10), PteFlags::RW);
+        },
+    );
+}
+
+#[test]
+fn a_page_changed_while_it_is_split_keeps_the_change() {
+    interrupt_everywhere(
+        |tables| done(tables.split(va(BASE), PageSize::Size4KiB).unwrap()),
+        |other| {
+            let change = Change::new(PteFlags::WRITABLE, PteFlags::DIRTY);
+            done(other.update_leaf(va(BASE), change).unwrap().1);
+        },
+        |tables| {
+            let expected = PteFlags::R | PteFlags::DIRTY;
+            for leaf in leaves(tables, range(BASE, MIB2)) {
+                assert_eq!(leaf.flags(), expected);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_page_split_while_it_is_edited_is_edited_whole() {
+    interrupt_everywhere(
+        |tables| done(tables.protect(range(BASE, MIB2), PteFlags::RX).unwrap()),
+        |other| done(other.split(va(BASE + 0x5000), PageSize::Size4KiB).unwrap()),
+        |tables| {
+            let all = leaves(tables, range(BASE, MIB2));
+            assert!(all.iter().all(|leaf| leaf.flags() == PteFlags::RX));
+        },
+    );
+}
+
+#[test]
+fn a_large_page_mapped_into_a_range_being_edited_is_cut() {
+    // The edit begins with a small page; then a 1 GiB page appears that
+    // reaches beyond the range's end.
+    let range = range(BASE + MIB2 - 0x1000, GIB - MIB2 + 0x2000);
+    interrupt_everywhere(
+        |tables| done(tables.unmap(range, |_| ()).unwrap()),
+        |other| {
+            // Fails where the edit has not got that far, or is past it.
+            let _ = other.map(va(BASE + GIB), pa(0), PageSize::Size1GiB, PteFlags::RW);
+        },
+        |tables| {
+            assert_eq!(tables.translate(va(BASE)), Some(pa(0)));
+            assert_eq!(tables.translate(range.start()), None);
+            let beyond = tables.leaf(va(BASE + GIB + 0x1000)).unwrap();
+            assert_eq!(beyond.page(), pa(0x1000));
+        },
+    );
 }
