@@ -358,6 +358,9 @@ impl OnHost {
             0
         };
         Ok(match number {
+            // The CPU itself wanted something at ring 0's level for an
+            // instruction of ring 3 (a descriptor): no page helps.
+            vector::PAGE_FAULT if error & PageFaultError::USER.bits() == 0 => general_protection(),
             vector::PAGE_FAULT => {
                 self.page_fault(segments.cr2, PageFaultError::from_bits_truncate(error))
             }
