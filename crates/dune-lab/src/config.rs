@@ -92,6 +92,7 @@ pub struct Command {
     pub(crate) env: Vec<(OsString, OsString)>,
     pub(crate) cwd: PathBuf,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) idle_timeout: Option<Duration>,
 }
 
 impl Command {
@@ -102,7 +103,14 @@ impl Command {
             env: std::env::vars_os().collect(),
             cwd: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             timeout: None,
+            idle_timeout: None,
         }
+    }
+
+    /// Adds an argument.
+    #[must_use]
+    pub fn arg(self, arg: impl AsRef<OsStr>) -> Command {
+        self.args([arg])
     }
 
     /// Adds arguments.
@@ -133,6 +141,13 @@ impl Command {
     #[must_use]
     pub fn timeout(mut self, limit: Option<Duration>) -> Command {
         self.timeout = limit;
+        self
+    }
+
+    /// Ends the command when it writes nothing for so long.
+    #[must_use]
+    pub fn idle_timeout(mut self, limit: Option<Duration>) -> Command {
+        self.idle_timeout = limit;
         self
     }
 }

@@ -224,8 +224,12 @@ impl Session {
         output: &mut Output<'_>,
     ) -> Result<Outcome, LabError> {
         loop {
-            let Some((kind, payload)) = self.next_frame(deadline, "while the command ran")? else {
-                return Err(self.overdue(command.timeout.unwrap_or_default()));
+            let silence = command.idle_timeout.map(|limit| Instant::now() + limit);
+            let next = deadline.into_iter().chain(silence).min();
+            let Some((kind, payload)) = self.next_frame(next, "while the command ran")? else {
+                let limits = [command.timeout, command.idle_timeout];
+                let limit = limits.into_iter().flatten().min();
+                return Err(self.overdue(limit.unwrap_or_default()));
             };
             let written = match kind {
                 Kind::Stdout => write_all(output.stdout, &payload),

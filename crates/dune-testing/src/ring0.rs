@@ -1,0 +1,271 @@
+//! Where the ring 0 tests run, and the lab in which they do when this machine
+//! cannot.
+//!
+//! One lab serves all ring 0 tests of the target: it is brought up when the
+//! first of them is due, on a thread of its own. When a test takes the guest
+//! down, that test has failed, and another lab goes on with the rest.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::Write;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use dune_kvm::probe::{Kvm, probe};
+use dune_lab::{Command, Config, Input, LabError, Output, Session};
+
+use crate::batch::LAB_TIMEOUT_FACTOR;
+use crate::event::{Event, Verdict};
+use crate::test::Test;
+use crate::{child, role};
+
+/// How much longer than its own limit a test may be silent before the guest as
+/// a whole counts as hanging.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// The ring 0 tests of this run.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    tests: Vec<Test>,
+    board: Arc<Board>,
+    started: OnceLock<()>,
+    here: OnceLock<bool>,
+    /// At most as many children at once as there are processors.
+    slots: Slots,
+}
+
+/// The verdicts, as they come in.
+#[derive(Debug, Default)]
+struct Board {
+    verdicts: Mutex<HashMap<&'static str, Verdict>>,
+    changed: Condvar,
+}
+
+impl Board {
+    fn lock(&self) -> MutexGuard<'_, HashMap<&'static str, Verdict>> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post(&self, name: &'static str, verdict: Verdict) {
+        self.lock().entry(name).or_insert(verdict);
+        self.changed.notify_all();
+    }
+
+    fn wait_for(&self, name: &str) -> Verdict {
+        let mut verdicts = self.lock();
+        loop {
+            if let Some(verdict) = verdicts.get(name) {
+                return verdict.clone();
+            }
+            verdicts = self
+                .changed
+                .wait(verdicts)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Pool {
+    pub(crate) fn new(tests: Vec<Test>) -> Pool {
+        Pool {
+            tests,
+            board: Arc::default(),
+            started: OnceLock::new(),
+            here: OnceLock::new(),
+            slots: Slots::new(thread::available_parallelism().map_or(1, usize::from)),
+        }
+    }
+
+    /// Runs a test on this machine.
+    pub(crate) fn run_here(&self, test: &Test) -> Verdict {
+        self.slots.with(|| child::run(test, test.timeout()))
+    }
+
+    /// Runs a ring 0 test where it can run.
+    pub(crate) fn verdict(&self, test: &Test) -> Verdict {
+        if *self.here.get_or_init(ring0_runs_here) {
+            return self.run_here(test);
+        }
+        self.started.get_or_init(|| {
+            let tests = self.tests.clone();
+            let board = Arc::clone(&self.board);
+            // The lab ends with the thread that starts it.
+            thread::spawn(move || run_in_labs(&tests, &board));
+        });
+        self.board.wait_for(test.name())
+    }
+}
+
+/// Whether this machine's KVM is backed by hardware.
+fn ring0_runs_here() -> bool {
+    let wants_lab = std::env::var_os("DUNE_TEST_RING0").is_some_and(|value| value == "lab");
+    !wants_lab && matches!(probe().kvm, Kvm::Hardware { .. })
+}
+
+fn run_in_labs(tests: &[Test], board: &Board) {
+    let mut due: VecDeque<Test> = tests.iter().copied().collect();
+    while !due.is_empty() {
+        let mut session = match start_lab() {
+            Ok(session) => session,
+            Err(error) => return give_up(&due, board, &error),
+        };
+        let names: Vec<&str> = due.iter().map(|test| test.name()).collect();
+        let slowest = due.iter().map(Test::timeout).max().unwrap_or_default();
+        let program = match std::env::current_exe() {
+            Ok(program) => program,
+            Err(error) => return give_up(&due, board, &error),
+        };
+        let command = Command::new(program)
+            .arg(role::BATCH)
+            .args(names)
+            .idle_timeout(Some(slowest * LAB_TIMEOUT_FACTOR + GRACE));
+        let mut listener = Listener {
+            due: &mut due,
+            board,
+            running: None,
+            line: Vec::new(),
+        };
+        let result = session.run(
+            &command,
+            Input::Nothing,
+            &mut Output {
+                stdout: &mut listener,
+                stderr: &mut std::io::stderr(),
+            },
+        );
+        let running = listener.running.take();
+        let why = match result {
+            Ok(outcome) => format!(
+                "the batch in the lab ended early with code {}",
+                outcome.code
+            ),
+            Err(error) => error.to_string(),
+        };
+        match running {
+            Some(name) => {
+                let message = format!("it took the lab down: {why}");
+                board.post(name, Verdict::failed(message, String::new()));
+                due.retain(|test| test.name() != name);
+            }
+            // Not even a first test was begun: another lab would fare no better.
+            None if !due.is_empty() => return give_up(&due, board, &why),
+            None => {}
+        }
+    }
+}
+
+fn start_lab() -> Result<Session, LabError> {
+    let number = |name: &str, default: u32| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(default)
+    };
+    Session::start(&Config {
+        cpus: number("DUNE_TEST_CPUS", 2),
+        memory_mib: number("DUNE_TEST_MEMORY", 2048),
+        ..Config::default()
+    })
+}
+
+/// No lab: the tests that are still due are ignored, loudly, or fail.
+fn give_up(due: &VecDeque<Test>, board: &Board, why: &dyn std::fmt::Display) {
+    let required = std::env::var_os("DUNE_REQUIRE_RING0").is_some_and(|value| value == "1");
+    if !required {
+        eprintln!(
+            "\n*** {} ring 0 tests are IGNORED: this machine's KVM cannot run ring 0, and the lab \
+             cannot run here:\n*** {why}\n*** (with DUNE_REQUIRE_RING0=1 they fail)\n",
+            due.len()
+        );
+    }
+    for test in due {
+        let message = format!("needs ring 0, and the lab cannot run: {why}");
+        let verdict = if required {
+            Verdict::failed(message, String::new())
+        } else {
+            Verdict::ignored(message)
+        };
+        board.post(test.name(), verdict);
+    }
+}
+
+/// Takes the batch's standard output apart into events.
+struct Listener<'a> {
+    due: &'a mut VecDeque<Test>,
+    board: &'a Board,
+    running: Option<&'static str>,
+    line: Vec<u8>,
+}
+
+impl Listener<'_> {
+    fn take(&mut self, line: &[u8]) {
+        let Ok(event) = serde_json::from_slice::<Event>(line) else {
+            // Not ours; a person may want to see it.
+            eprintln!("{}", String::from_utf8_lossy(line));
+            return;
+        };
+        let find = |due: &VecDeque<Test>, name: &str| {
+            due.iter()
+                .map(Test::name)
+                .find(|candidate| *candidate == name)
+        };
+        match event {
+            Event::Started(name) => self.running = find(self.due, &name),
+            Event::Finished(name, verdict) => {
+                self.running = None;
+                if let Some(name) = find(self.due, &name) {
+                    self.due.retain(|test| test.name() != name);
+                    self.board.post(name, verdict);
+                }
+            }
+        }
+    }
+}
+
+impl Write for Listener<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.line.extend_from_slice(bytes);
+        while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
+            let rest = self.line.split_off(end + 1);
+            let line = std::mem::replace(&mut self.line, rest);
+            self.take(&line[..end]);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A counting semaphore.
+#[derive(Debug)]
+struct Slots {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Slots {
+    fn new(count: usize) -> Slots {
+        Slots {
+            free: Mutex::new(count),
+            freed: Condvar::new(),
+        }
+    }
+
+    fn with<T>(&self, action: impl FnOnce() -> T) -> T {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        while *free == 0 {
+            free = self
+                .freed
+                .wait(free)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *free -= 1;
+        drop(free);
+        let result = action();
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.freed.notify_one();
+        result
+    }
+}
