@@ -176,6 +176,7 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
     ///
     /// [`EditFailure`], with a flush for what was done until then. When it is
     /// for want of memory, nothing was changed.
+    #[inline]
     pub fn protect(&self, range: VirtRange, flags: PteFlags) -> Result<Flush, EditFailure> {
         self.change(range, Change::protection(flags))
     }
@@ -186,7 +187,19 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
     /// # Errors
     ///
     /// As of [`PageTable::protect`].
+    #[inline]
     pub fn change(&self, range: VirtRange, change: Change) -> Result<Flush, EditFailure> {
+        // One small page with its tables in place, which is what handlers of
+        // page faults protect, needs none of the rest.
+        if range == VirtRange::page(range.start(), PageSize::Size4KiB)
+            && let Ok((_, flush)) = self.update_page_4k(range.start(), change)
+        {
+            return Ok(flush);
+        }
+        self.change_any(range, change)
+    }
+
+    fn change_any(&self, range: VirtRange, change: Change) -> Result<Flush, EditFailure> {
         self.edit(
             range,
             Straddling::Split,

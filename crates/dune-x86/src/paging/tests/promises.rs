@@ -5,12 +5,12 @@ use std::vec;
 use std::vec::Vec;
 
 use super::machine::{Cpu, Interrupted, TABLES, TestMemory, TestTables, pa, range, va};
-use crate::addr::{GuestVirt, PageSize, VirtRange};
+use crate::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use crate::frame::FramePool;
 use crate::paging::{
-    Change, CloneError, CollapseError, EditError, Entry, Flush, FlushScope, Leaf, Level, MapError,
-    NoFlush, NoPage, PageTable, Permissions, PteFlags, ShareError, SplitError, TableMemory,
-    WalkEnd,
+    Change, CloneError, CollapseError, EditError, Entry, Flush, FlushScope, FlushTlb, Leaf, Level,
+    MapError, NoFlush, NoPage, PageTable, Permissions, PteFlags, ShareError, SplitError,
+    TableMemory, WalkEnd,
 };
 
 type Tables<'a, const LEVELS: u8 = 4> = PageTable<&'a TestMemory, TestTables<'a>, LEVELS>;
@@ -576,6 +576,52 @@ fn merging_wants_512_pages_that_are_alike() {
         Err(CollapseError::NoSuchMerge {
             size: PageSize::Size4KiB
         })
+    );
+}
+
+/// A CPU that still has the link to a table of small pages when it is asked to
+/// forget it, and writes to one of them before it does.
+struct LastMomentWriter<'a> {
+    memory: &'a TestMemory,
+    place: (GuestPhys, usize),
+}
+
+impl FlushTlb for LastMomentWriter<'_> {
+    fn flush_page(&self, _: GuestVirt) {
+        self.flush_all();
+    }
+
+    fn flush_range(&self, _: VirtRange, _: PageSize) {
+        self.flush_all();
+    }
+
+    fn flush_all(&self) {
+        let (table, index) = self.place;
+        let old = self.memory.read(table, index);
+        let new = old | PteFlags::DIRTY.bits();
+        self.memory
+            .compare_exchange(table, index, old, new)
+            .unwrap();
+    }
+}
+
+#[test]
+fn merging_keeps_a_dirty_bit_set_at_the_last_moment() {
+    let memory = TestMemory::new(8);
+    let pool = memory.pool();
+    let mut tables: Tables<'_> = tables(&memory, &pool);
+    tables
+        .map_range(range(BASE, MIB2), pa(0), PageSize::Size4KiB, PteFlags::RW)
+        .unwrap();
+    let place = tables.leaf_entry_4k(va(BASE + 0x8000)).unwrap();
+    let cpu = LastMomentWriter {
+        memory: &memory,
+        place,
+    };
+    tables.collapse(va(BASE), PageSize::Size2MiB, &cpu).unwrap();
+    assert_eq!(
+        tables.leaf(va(BASE)).unwrap().flags(),
+        PteFlags::RW | PteFlags::DIRTY
     );
 }
 
