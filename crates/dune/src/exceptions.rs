@@ -63,6 +63,17 @@ fn from_pointer(pointer: *mut ()) -> Option<Handler> {
     Some(unsafe { core::mem::transmute::<*mut (), Handler>(pointer) })
 }
 
+/// What the last debug exception of this vCPU was about: DR6, which is cleared. 0 outside
+/// Dune mode. May exit.
+#[must_use]
+pub fn take_debug_status() -> u64 {
+    if crate::is_inside() {
+        crate::arch::take_debug_status()
+    } else {
+        0
+    }
+}
+
 /// Calls the handler of an exception, if there is one.
 #[inline]
 pub(crate) fn call_handler(vector: u8, frame: &mut TrapFrame) -> Outcome {

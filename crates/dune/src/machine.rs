@@ -186,3 +186,30 @@ pub(crate) fn parse_range(line: &str) -> Option<(u64, u64)> {
         u64::from_str_radix(end, 16).ok()?,
     ))
 }
+
+/// The runtime's own descriptors in this process: the VM's and that of `/dev/kvm`. Those of
+/// the vCPUs come and go with threads. A program in Dune mode can neither close nor replace
+/// them; a sandbox must hide them too.
+#[must_use]
+pub fn descriptors() -> Vec<i32> {
+    let Some(machine) = Machine::get() else {
+        return Vec::new();
+    };
+    let vcpus = crate::thread::ThreadArea::all().filter_map(|area| {
+        // SAFETY: areas are never freed.
+        unsafe { (*area.as_ptr()).vcpu.as_ref() }.map(|vcpu| vcpu.descriptor())
+    });
+    machine
+        .vm()
+        .descriptors()
+        .into_iter()
+        .chain(vcpus)
+        .collect()
+}
+
+/// The extended state components that are enabled (XCR0), and the size in bytes of an XSAVE
+/// area for them; `None` before the first entry.
+#[must_use]
+pub fn extended_features() -> Option<(u64, usize)> {
+    Machine::get().map(|machine| (machine.xcr0(), machine.xsave_size() as usize))
+}

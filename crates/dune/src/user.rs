@@ -11,7 +11,7 @@
 use core::arch::asm;
 use core::cell::Cell;
 use core::marker::PhantomData;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU8, Ordering};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use dune_x86::descriptors::{RFLAGS_FIXED, RFLAGS_IF, RFLAGS_USER, USER_CS, USER_SS};
@@ -167,6 +167,14 @@ impl UserContext {
         unsafe { core::slice::from_raw_parts(self.xsave(), self.xsave_size) }
     }
 
+    /// Puts the extended state back to what it is after a reset.
+    pub fn reset_extended_state(&mut self) {
+        let mut state = [0; 512];
+        state[XSTATE_FCW..XSTATE_FCW + 2].copy_from_slice(&DEFAULT_FCW.to_le_bytes());
+        state[XSTATE_MXCSR..XSTATE_MXCSR + 4].copy_from_slice(&DEFAULT_MXCSR.to_le_bytes());
+        self.set_extended_state(&state);
+    }
+
     /// Replaces the extended state. What the CPU would refuse (features that it does not
     /// have, reserved bits) is cleared; what is missing at the end is taken as zero.
     pub fn set_extended_state(&mut self, state: &[u8]) {
@@ -201,6 +209,22 @@ impl UserContext {
     /// [`SpaceError::NotEntered`] outside Dune mode.
     #[inline]
     pub fn run(&mut self, space: &AddressSpace) -> Result<Trap, SpaceError> {
+        static NEVER: AtomicU8 = AtomicU8::new(0);
+        self.run_unless(space, &NEVER)
+    }
+
+    /// As [`run`](Self::run), but comes back with [`Trap::Interrupted`] at once if `stop` is
+    /// not zero. A signal handler that sets `stop` is never missed: either it ran before
+    /// the look, or it ends the run.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    #[inline]
+    pub fn run_unless(
+        &mut self,
+        space: &AddressSpace,
+        stop: &AtomicU8,
+    ) -> Result<Trap, SpaceError> {
         if !crate::is_inside() {
             return Err(SpaceError::NotEntered);
         }
@@ -218,6 +242,9 @@ impl UserContext {
         inner.frame.rflags = (inner.frame.rflags & RFLAGS_USER) | RFLAGS_FIXED | RFLAGS_IF;
         {
             let _off = InterruptsOff::new();
+            if stop.load(Ordering::SeqCst) != 0 {
+                return Ok(Trap::Interrupted);
+            }
             let loaded = Loaded::new(space);
             inner.cr3 = loaded.cr3();
             let area = ThreadArea::current();

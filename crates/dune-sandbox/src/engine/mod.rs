@@ -40,6 +40,7 @@
 //! inside the guest. Rights are given in the other order: host first, `admit`
 //! at the next fault.
 
+pub mod in_guest;
 pub mod mock;
 pub mod on_host;
 

@@ -200,3 +200,15 @@ pub(crate) unsafe fn set_cr3(value: u64) {
     // SAFETY: forwarded to the caller.
     unsafe { asm!("mov cr3, {}", in(reg) value, options(nostack, preserves_flags)) };
 }
+
+/// Reads and clears what the last debug exception was about (DR6, SDM vol. 3, 17.2.3). Ring
+/// 0 only; KVM may exit for it.
+pub(crate) fn take_debug_status() -> u64 {
+    const NOTHING: u64 = 0xffff_0ff0;
+    let value;
+    // SAFETY: status bits only.
+    unsafe {
+        asm!("mov {0}, dr6", "mov dr6, {1}", out(reg) value, in(reg) NOTHING, options(nomem, nostack, preserves_flags));
+    }
+    value
+}

@@ -193,12 +193,37 @@ impl AddressSpace {
             table.map_range(
                 part,
                 GuestPhys::new_truncate(physical),
-                PageSize::Size1GiB,
+                PageSize::Size2MiB,
                 rights | PteFlags::USER,
             )?;
             done += length;
         }
         Ok(())
+    }
+
+    /// Maps memory of the process for ring 3 in place of whatever the range maps, and
+    /// flushes if that was anything.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map), and [`SpaceError::Edit`].
+    ///
+    /// # Safety
+    /// As for [`map_memory`](Self::map_memory).
+    pub unsafe fn replace_memory(
+        &self,
+        range: VirtRange,
+        memory: u64,
+        rights: PteFlags,
+    ) -> Result<(), SpaceError> {
+        // SAFETY: forwarded to the caller.
+        match unsafe { self.map_memory(range, memory, rights) } {
+            Err(SpaceError::Map(MapError::AlreadyMapped { .. })) => {
+                self.paid(self.table()?.unmap(range, |_| ()))?;
+                // SAFETY: as above.
+                unsafe { self.map_memory(range, memory, rights) }
+            }
+            result => result,
+        }
     }
 
     /// Replaces the rights of ring 3 in a range, and flushes.
