@@ -21,7 +21,10 @@ fn main() {
         Ok(outcome) => {
             for call in &outcome.missing {
                 let name = call.name.unwrap_or("unknown");
-                eprintln!("run: system call {} ({name}) is missing, {} times", call.nr, call.count);
+                eprintln!(
+                    "run: system call {} ({name}) is missing, {} times",
+                    call.nr, call.count
+                );
             }
             outcome.end.leave()
         }

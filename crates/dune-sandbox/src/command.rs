@@ -144,6 +144,13 @@ impl Command {
         self
     }
 
+    /// Removes a variable of the environment.
+    #[must_use]
+    pub fn env_remove(mut self, key: impl AsRef<OsStr>) -> Self {
+        self.environment.retain(|(other, _)| other != key.as_ref());
+        self
+    }
+
     /// Empties the environment.
     #[must_use]
     pub fn env_clear(mut self) -> Self {

@@ -5,10 +5,10 @@
 //! area table whether the program itself may make the access, then takes one
 //! of two ways:
 //!
-//! - **Anonymous areas** are copied directly. Once mapped, only the guard can
-//!   take such memory away, so the copy cannot fault.
-//! - **Everything else** (file mappings, which somebody may truncate under the
-//!   copy, and device memory) goes through `process_vm_readv` and
+//! - **Private anonymous areas** are copied directly. Once mapped, only the
+//!   guard can take such memory away, so the copy cannot fault.
+//! - **Everything else** (shared memory and file mappings, which somebody may
+//!   truncate under the copy, and device memory) goes through `process_vm_readv` and
 //!   `process_vm_writev` on the guard's own process: the kernel makes the copy
 //!   and says EFAULT where a direct access would raise SIGBUS.
 //!
@@ -25,7 +25,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::engine::Access;
 use crate::host::{Errno, syscall};
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
-use crate::vma::{Areas, Backing};
+use crate::vma::{Areas, Backing, Sharing};
 
 /// Longest path with its final zero (`PATH_MAX`), in bytes.
 pub const PATH_MAX: usize = 4096;
@@ -230,7 +230,7 @@ impl<'a> UserMemory<'a> {
         let pages = PageRange::covering(range).ok_or(Errno::EFAULT)?;
         let mut way = Way::Direct;
         let allowed = self.areas.all(pages, |attributes| {
-            if attributes.backing == Backing::File {
+            if attributes.backing == Backing::File || attributes.sharing == Sharing::Shared {
                 way = Way::ByKernel;
             }
             attributes.effective_access().contains(access)

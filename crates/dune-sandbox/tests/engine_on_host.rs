@@ -997,14 +997,23 @@ fn measure() {
     let first = Instant::now();
     probe::probe();
     println!("probe: {:?}", first.elapsed());
-    println!("engine, made and dropped: {:?}", best(20, 1, || drop(OnHost::new().unwrap())));
+    println!(
+        "engine, made and dropped: {:?}",
+        best(20, 1, || drop(OnHost::new().unwrap()))
+    );
     let mut made = Vec::new();
-    println!("engine, made: {:?}", best(10, 1, || made.push(OnHost::new().unwrap())));
+    println!(
+        "engine, made: {:?}",
+        best(10, 1, || made.push(OnHost::new().unwrap()))
+    );
     drop(made);
 
     let mut program = Program::new(registers());
     program.syscall();
-    println!("system call and back: {:?}", best(100, 50, || drop(program.syscall())));
+    println!(
+        "system call and back: {:?}",
+        best(100, 50, || drop(program.syscall()))
+    );
     drop(program);
 
     let mut program = Program::new(breakpoint());
@@ -1043,7 +1052,11 @@ fn measure() {
             program.syscall();
         }) / PAGES as u32
     };
-    println!("first touch: {:?} a page; second: {:?}", walk(true), walk(false));
+    println!(
+        "first touch: {:?} a page; second: {:?}",
+        walk(true),
+        walk(false)
+    );
     drop(program);
     let native = |fresh: bool| {
         best(10, 1, || {
@@ -1055,6 +1068,10 @@ fn measure() {
             }
         }) / PAGES as u32
     };
-    println!("natively: {:?} a page; second: {:?}", native(true), native(false));
+    println!(
+        "natively: {:?} a page; second: {:?}",
+        native(true),
+        native(false)
+    );
     munmap(BIG, PAGES * PAGE);
 }

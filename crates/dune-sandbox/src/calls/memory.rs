@@ -9,10 +9,10 @@
 //! hole changes nothing, `mremap` neither duplicates nor leaves the old range.
 
 use linux_raw_sys::general::{
-    __NR_fstatfs, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_munmap, MADV_COLD,
-    MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK, MADV_DONTNEED,
-    MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL,
-    MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
+    __NR_fstatfs, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync, __NR_munmap,
+    MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK,
+    MADV_DONTNEED, MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE,
+    MADV_NORMAL, MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
     MADV_SEQUENTIAL, MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS,
     MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE,
     MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MREMAP_FIXED,
@@ -98,17 +98,20 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
         MAP_FIXED
     };
     let host_flags = (flags & (PLAIN_FLAGS | MAP_TYPE)) | place;
-    forward_always(
-        __NR_mmap,
-        [
-            range.start(),
-            len,
-            host_prot(access),
-            u64::from(host_flags),
-            fd,
-            offset,
-        ],
-    )?;
+    let args = [
+        range.start(),
+        len,
+        host_prot(access),
+        u64::from(host_flags),
+        fd,
+        offset,
+    ];
+    if let Err(errno) = forward_always(__NR_mmap, args) {
+        if place == MAP_FIXED {
+            forget_if_gone(guard, range);
+        }
+        return Err(errno);
+    }
     let backing = if anonymous {
         Backing::Anonymous
     } else {
@@ -123,6 +126,19 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
         },
     );
     Ok(range.start())
+}
+
+/// After a failed `MAP_FIXED`: the kernel may have unmapped what was there
+/// before it failed. The table must not promise memory that is gone.
+fn forget_if_gone(guard: &mut Guard, range: PageRange) {
+    const MS_ASYNC: u64 = 1;
+    let probe = [range.start(), range.len(), MS_ASYNC, 0, 0, 0];
+    if guard.areas.is_mapped(range) && forward_always(__NR_msync, probe).is_ok() {
+        return;
+    }
+    // The same pages, so this fails only if nothing is left to unmap.
+    let _ = forward_always(__NR_munmap, [range.start(), range.len(), 0, 0, 0, 0]);
+    guard.areas.unmap(range);
 }
 
 /// Where a mapping goes.

@@ -128,8 +128,16 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_shutdown, Forwarded, [Fd, Value]),
     call!(__NR_bind, Missing, []),
     call!(__NR_listen, Missing, []),
-    call!(__NR_getsockname, Forwarded, [Fd, Out(Bytes(128)), InOut(Bytes(4))]),
-    call!(__NR_getpeername, Forwarded, [Fd, Out(Bytes(128)), InOut(Bytes(4))]),
+    call!(
+        __NR_getsockname,
+        Forwarded,
+        [Fd, Out(Bytes(128)), InOut(Bytes(4))]
+    ),
+    call!(
+        __NR_getpeername,
+        Forwarded,
+        [Fd, Out(Bytes(128)), InOut(Bytes(4))]
+    ),
     call!(__NR_socketpair, Missing, []),
     call!(__NR_setsockopt, Missing, []),
     call!(__NR_getsockopt, Missing, []),
