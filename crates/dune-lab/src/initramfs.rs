@@ -21,11 +21,12 @@ pub(crate) fn write(modules: &[PathBuf], target: &Path) -> Result<(), LabError> 
 }
 
 fn build(modules: &[PathBuf]) -> Result<Vec<u8>, LabError> {
-    base(modules).map(Archive::finish)
+    base(modules, |_| {}).map(Archive::finish)
 }
 
 /// Begins an archive: agent, modules, and the folders the agent mounts on.
-pub(crate) fn base(modules: &[PathBuf]) -> Result<Archive, LabError> {
+/// The image of each module goes through `prepare` first.
+pub(crate) fn base(modules: &[PathBuf], prepare: impl Fn(&mut [u8])) -> Result<Archive, LabError> {
     let mut archive = Archive::default();
     for folder in ["dev", "proc", "sys", "modules", "tmp", "root"] {
         archive.folder(folder);
@@ -36,8 +37,9 @@ pub(crate) fn base(modules: &[PathBuf]) -> Result<Archive, LabError> {
     let mut list = String::new();
     for module in modules {
         let name = module_name(module);
-        let image =
+        let mut image =
             std::fs::read(module).map_err(io_error(format!("read {}", module.display())))?;
+        prepare(&mut image);
         archive.file(&format!("modules/{name}"), 0o644, &image);
         list.push_str(&name);
         list.push('\n');

@@ -17,6 +17,7 @@
 
 mod bochs;
 mod disk;
+mod module;
 mod payload;
 
 use std::fs::File;
@@ -58,7 +59,7 @@ const KERNEL_LOG_LINES: usize = 25;
 /// - the rest saves time at boot.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic nokaslr mitigations=off \
                             noxsaves clearcpuid=xsavec cryptomgr.notests tsc=reliable \
-                            no_timer_check nowatchdog audit=0 random.trust_cpu=on \
+                            no_timer_check nowatchdog audit=0 random.trust_cpu=on rodata=off \
                             8250.nr_uarts=1 rcupdate.rcu_expedited=1";
 
 /// Boots the lab on an emulated Intel CPU, runs `command` there with the files
@@ -87,7 +88,10 @@ pub fn run_on_intel(
     }
     let name = &command.argv[0];
     let Some(program) = find_program(name, &command.cwd) else {
-        let line = format!("dune lab: {}: command not found\n", Path::new(name).display());
+        let line = format!(
+            "dune lab: {}: command not found\n",
+            Path::new(name).display()
+        );
         let _ = output.stderr.write_all(line.as_bytes());
         return Ok(Outcome { code: 127 });
     };
@@ -126,7 +130,7 @@ fn initramfs_with(
     for path in with {
         payload.path(&command.cwd.join(path))?;
     }
-    let mut archive = initramfs::base(&kernel.intel_modules)?;
+    let mut archive = initramfs::base(&kernel.intel_modules, module::lighten)?;
     payload.pack(&mut archive, &["init", GIVEN_FRAMES, "modules/list"])?;
     let mut frames = Vec::new();
     let request = request(command, program).encode();
@@ -142,12 +146,20 @@ fn request(command: &Command, program: &Path) -> Request {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let mut argv: Vec<_> = command.argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
+    let mut argv: Vec<_> = command
+        .argv
+        .iter()
+        .map(|arg| arg.as_bytes().to_vec())
+        .collect();
     argv[0] = program.as_os_str().as_bytes().to_vec();
     let bytes = |text: &std::ffi::OsString| text.as_bytes().to_vec();
     Request {
         argv,
-        env: command.env.iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+        env: command
+            .env
+            .iter()
+            .map(|(name, value)| (bytes(name), bytes(value)))
+            .collect(),
         cwd: command.cwd.as_os_str().as_bytes().to_vec(),
         nofile: (1024, 1 << 20),
         umask: 0o022,
@@ -196,9 +208,9 @@ impl Guest {
         let deadline = Instant::now() + BOOT_PATIENCE;
         match self.next(Some(deadline), "while it booted")? {
             Some((Kind::Hello, version)) if version == wire::VERSION.to_le_bytes() => Ok(()),
-            Some((kind, payload)) => {
-                Err(LabError::Protocol(format!("{kind:?} {payload:02x?} instead of a hello")))
-            }
+            Some((kind, payload)) => Err(LabError::Protocol(format!(
+                "{kind:?} {payload:02x?} instead of a hello"
+            ))),
             None => Err(LabError::NoBoot {
                 patience: BOOT_PATIENCE,
                 emulator: self.machine.log(),
@@ -223,7 +235,9 @@ impl Guest {
                 Kind::Stderr => write_all(output.stderr, &payload),
                 Kind::Exit => return exit_code(&payload),
                 Kind::Failure => {
-                    return Err(LabError::Agent(String::from_utf8_lossy(&payload).into_owned()));
+                    return Err(LabError::Agent(
+                        String::from_utf8_lossy(&payload).into_owned(),
+                    ));
                 }
                 _ => Ok(()),
             };
@@ -243,7 +257,10 @@ impl Guest {
     ) -> Result<Option<(Kind, Vec<u8>)>, LabError> {
         loop {
             let received = match deadline {
-                None => self.frames.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                None => self
+                    .frames
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
                 Some(deadline) => self
                     .frames
                     .recv_timeout(deadline.saturating_duration_since(Instant::now())),
@@ -272,7 +289,8 @@ impl Guest {
         if !line.is_empty() {
             let excess = (self.kernel_log.len() + 1).saturating_sub(KERNEL_LOG_LINES);
             self.kernel_log.drain(..excess);
-            self.kernel_log.push(String::from_utf8_lossy(line).into_owned());
+            self.kernel_log
+                .push(String::from_utf8_lossy(line).into_owned());
         }
     }
 
@@ -287,7 +305,11 @@ impl Guest {
         let silent = self.last_sign.elapsed() > SILENCE_OF_THE_DEAD.min(limit);
         LabError::Timeout {
             limit,
-            state: if silent { GuestState::Hung } else { GuestState::Alive },
+            state: if silent {
+                GuestState::Hung
+            } else {
+                GuestState::Alive
+            },
             console: last_lines(&self.kernel_lines(), 10),
         }
     }

@@ -18,7 +18,10 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// The messages so far, one to a line.
 pub(crate) fn so_far() -> String {
     const O_NONBLOCK: i32 = 0o4000;
-    let opened = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(LOG);
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open(LOG);
     let Ok(mut log) = opened else {
         return String::new();
     };

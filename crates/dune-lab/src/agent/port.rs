@@ -33,7 +33,10 @@ pub(crate) struct Port {
 /// or else the virtio port of the lab.
 pub(crate) fn open() -> io::Result<Port> {
     let command_line = fs::read_to_string("/proc/cmdline")?;
-    if command_line.split_whitespace().any(|word| word == PARALLEL_PORT_OPTION) {
+    if command_line
+        .split_whitespace()
+        .any(|word| word == PARALLEL_PORT_OPTION)
+    {
         let frames = File::open(Path::new("/").join(GIVEN_FRAMES)).map_err(during(GIVEN_FRAMES))?;
         return Ok(Port {
             input: Box::new(frames.chain(Silence)),
@@ -60,7 +63,9 @@ fn open_virtio_port() -> io::Result<File> {
                 .map_err(during(path.display().to_string()));
         }
         if Instant::now() > deadline {
-            return Err(io::Error::other("the virtio port of the lab did not appear"));
+            return Err(io::Error::other(
+                "the virtio port of the lab did not appear",
+            ));
         }
         thread::sleep(Duration::from_millis(1));
     }

@@ -168,7 +168,13 @@ impl Machine {
         if bochs.debugger {
             command.arg("-rc").arg(path(&commands));
         }
-        let stream = || screen.slave.try_clone().map(Stdio::from).map_err(io_error("duplicate"));
+        let stream = || {
+            screen
+                .slave
+                .try_clone()
+                .map(Stdio::from)
+                .map_err(io_error("duplicate"))
+        };
         command
             .env("TERM", "vt100")
             .env_remove("BOCHSRC")
@@ -296,7 +302,10 @@ mod tests {
     #[test]
     fn video_bios_adds_up_to_zero() {
         let image = empty_video_bios();
-        assert_eq!(image.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        assert_eq!(
+            image.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)),
+            0
+        );
         assert_eq!(image[3], 0xcb, "far return");
     }
 }

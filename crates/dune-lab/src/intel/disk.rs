@@ -16,7 +16,10 @@
 //!                                 +0x400 command line
 //!              RAM file system  +0x10000
 //! ```
-#![expect(unsafe_code, reason = "the boot sector is a symbol made by the assembler")]
+#![expect(
+    unsafe_code,
+    reason = "the boot sector is a symbol made by the assembler"
+)]
 
 use std::fs::File;
 use std::io::Write;
@@ -70,8 +73,8 @@ pub(crate) fn build(
     memory_mib: u32,
     initramfs: &[u8],
 ) -> Result<Disk, LabError> {
-    let image = std::fs::read(kernel_path)
-        .map_err(io_error(format!("read {}", kernel_path.display())))?;
+    let image =
+        std::fs::read(kernel_path).map_err(io_error(format!("read {}", kernel_path.display())))?;
     let kernel = Kernel::parse(&image).ok_or_else(|| LabError::Kernel {
         path: kernel_path.to_owned(),
         reason: "it has no PVH entry (CONFIG_PVH), by which Bochs starts it; \
@@ -106,7 +109,11 @@ fn write_disk(pieces: &[(u64, &[u8])], entry: u32, information: u64) -> Result<D
     let mut sector = 1;
     for (address, bytes) in pieces {
         let count = bytes.len().div_ceil(SECTOR);
-        for word in [narrow(*address), narrow(sector as u64), narrow(count as u64)] {
+        for word in [
+            narrow(*address),
+            narrow(sector as u64),
+            narrow(count as u64),
+        ] {
             boot.extend_from_slice(&word.to_le_bytes());
         }
         sector += count;
@@ -165,7 +172,10 @@ fn information(
     page.put(48, &(map.len() as u32).to_le_bytes());
     // hvm_modlist_entry: address, size, command line, reserved.
     page.put(MODULE_LIST_OFFSET, &initramfs_at.to_le_bytes());
-    page.put(MODULE_LIST_OFFSET + 8, &(initramfs_size as u64).to_le_bytes());
+    page.put(
+        MODULE_LIST_OFFSET + 8,
+        &(initramfs_size as u64).to_le_bytes(),
+    );
     // hvm_memmap_table_entry: address, size, type, reserved.
     for (offset, (start, end, kind)) in (MEMORY_MAP_OFFSET..).step_by(24).zip(map) {
         page.put(offset, &start.to_le_bytes());
@@ -173,7 +183,9 @@ fn information(
         page.put(offset + 16, &kind.to_le_bytes());
     }
     if command_line.len() >= INFORMATION_SIZE - COMMAND_LINE_OFFSET as usize {
-        return Err(LabError::Options("the kernel's command line is too long".to_owned()));
+        return Err(LabError::Options(
+            "the kernel's command line is too long".to_owned(),
+        ));
     }
     page.put(COMMAND_LINE_OFFSET, command_line.as_bytes());
     Ok(page.0)
@@ -233,7 +245,10 @@ impl<'a> Kernel<'a> {
             match kind {
                 LOAD => {
                     let bytes = bytes?;
-                    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+                    let used = bytes
+                        .iter()
+                        .rposition(|byte| *byte != 0)
+                        .map_or(0, |at| at + 1);
                     if used > 0 {
                         segments.push((physical, &bytes[..used]));
                     }
@@ -278,12 +293,13 @@ mod tests {
         image[32] = 64; // table of program headers
         image[54] = 56;
         image[56] = 2;
-        let mut header = |at: usize, kind: u8, offset: u64, physical: u64, file: u64, memory: u64| {
-            image[at] = kind;
-            for (field, value) in [(8, offset), (24, physical), (32, file), (40, memory)] {
-                image[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
-            }
-        };
+        let mut header =
+            |at: usize, kind: u8, offset: u64, physical: u64, file: u64, memory: u64| {
+                image[at] = kind;
+                for (field, value) in [(8, offset), (24, physical), (32, file), (40, memory)] {
+                    image[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
+                }
+            };
         header(64, 1, 0x200, MIB, 0x100, 0x3000);
         header(120, 4, 0x300, 0, 0x14, 0x14);
         image[0x200..0x205].copy_from_slice(b"hello");
@@ -325,7 +341,10 @@ mod tests {
         let mut bytes = Vec::new();
         disk.file.rewind().unwrap();
         disk.file.read_to_end(&mut bytes).unwrap();
-        assert_eq!(bytes.len(), disk.cylinders * HEADS * SECTORS_PER_TRACK * SECTOR);
+        assert_eq!(
+            bytes.len(),
+            disk.cylinders * HEADS * SECTORS_PER_TRACK * SECTOR
+        );
         assert_eq!(&bytes[510..512], &[0x55, 0xaa]);
         let table = boot_code().len();
         let word = |index: usize| u32_at(&bytes, table + 4 * index).unwrap();

@@ -44,8 +44,8 @@ impl Payload {
     ///
     /// As for [`program`](Self::program).
     pub(crate) fn path(&mut self, path: &Path) -> Result<(), LabError> {
-        let path = std::path::absolute(path)
-            .map_err(io_error(format!("find {}", path.display())))?;
+        let path =
+            std::path::absolute(path).map_err(io_error(format!("find {}", path.display())))?;
         let metadata =
             fs::metadata(&path).map_err(io_error(format!("--with {}", path.display())))?;
         if !metadata.is_dir() {
@@ -121,7 +121,9 @@ impl Payload {
             }
         }
         for path in &self.files {
-            let Some(inside) = relative(path) else { continue };
+            let Some(inside) = relative(path) else {
+                continue;
+            };
             let name = archive_name(&inside)?;
             if taken.contains(&name) {
                 return Err(LabError::Options(format!(
@@ -131,7 +133,10 @@ impl Payload {
             }
             let step = || format!("read {}", path.display());
             let contents = fs::read(path).map_err(io_error(step()))?;
-            let mode = fs::metadata(path).map_err(io_error(step()))?.permissions().mode();
+            let mode = fs::metadata(path)
+                .map_err(io_error(step()))?
+                .permissions()
+                .mode();
             archive.file(name, mode & 0o7777, &contents);
         }
         Ok(())
@@ -140,14 +145,18 @@ impl Payload {
 
 fn archive_name(path: &Path) -> Result<&str, LabError> {
     path.to_str().ok_or_else(|| {
-        LabError::Options(format!("{}: the lab takes only names in UTF-8", path.display()))
+        LabError::Options(format!(
+            "{}: the lab takes only names in UTF-8",
+            path.display()
+        ))
     })
 }
 
 /// Finds a program as `execvp` would: by PATH unless it has a slash.
 pub(crate) fn find_program(name: &OsString, cwd: &Path) -> Option<PathBuf> {
     let executable = |path: &PathBuf| {
-        fs::metadata(path).is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+        fs::metadata(path)
+            .is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
     };
     if name.as_bytes().contains(&b'/') {
         return Some(cwd.join(name)).filter(executable);
@@ -188,7 +197,10 @@ fn elf_interpreter(head: &[u8]) -> Option<PathBuf> {
 
 /// The words after `#!`.
 fn shebang(head: &[u8]) -> Option<Vec<OsString>> {
-    let line = head.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
+    let line = head
+        .strip_prefix(b"#!")?
+        .split(|byte| *byte == b'\n')
+        .next()?;
     Some(
         line.split(u8::is_ascii_whitespace)
             .filter(|word| !word.is_empty())
@@ -246,7 +258,10 @@ mod tests {
     #[test]
     fn lists_of_loaders_are_understood() {
         let at = |path: &str| Listed::At(PathBuf::from(path));
-        assert_eq!(library_in("\tlinux-vdso.so.1 (0x00007ffd0)"), Listed::Nothing);
+        assert_eq!(
+            library_in("\tlinux-vdso.so.1 (0x00007ffd0)"),
+            Listed::Nothing
+        );
         assert_eq!(
             library_in("\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)"),
             at("/lib/x86_64-linux-gnu/libc.so.6")
@@ -273,7 +288,10 @@ mod tests {
         payload.program(&this).unwrap();
         assert!(payload.files.contains(&this));
         let has = |part: &str| {
-            payload.files.iter().any(|path| path.to_string_lossy().contains(part))
+            payload
+                .files
+                .iter()
+                .any(|path| path.to_string_lossy().contains(part))
         };
         assert!(has("libc.so"), "{payload:?}");
         assert!(has("ld-linux"), "{payload:?}");
@@ -293,7 +311,11 @@ mod tests {
         assert!(payload.folders.contains(&folder.path().join("inside")));
         let mut archive = Archive::default();
         payload.pack(&mut archive, &["init"]).unwrap();
-        assert!(payload.pack(&mut Archive::default(), &["usr/bin/env"]).is_err());
+        assert!(
+            payload
+                .pack(&mut Archive::default(), &["usr/bin/env"])
+                .is_err()
+        );
     }
 
     #[test]
