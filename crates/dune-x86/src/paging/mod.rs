@@ -80,7 +80,11 @@ pub const ENTRIES: usize = 512;
 /// `table` is always the root, a table from the [`FrameAllocator`], or what a
 /// present link points to; `index` is below [`ENTRIES`]. Entries may be changed
 /// by the CPU and by other threads at any time, so implementations over real
-/// memory use atomic accesses.
+/// memory use atomic accesses. What an implementation cannot reach, it reads as
+/// 0 and refuses to exchange with `Err(0)`: then the walk ends there.
+///
+/// A walk reads one entry per level, so the way from `table` to memory is what
+/// a page fault's cost depends on: best it is a single addition.
 pub trait TableMemory {
     /// The entry `index` of `table`, read at once (a relaxed atomic load or
     /// stronger).

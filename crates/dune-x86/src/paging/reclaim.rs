@@ -108,8 +108,8 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
                 && entry.kind(level) == EntryKind::Link
                 && !kept
                 && self.is_table_empty(entry.table())
+                && self.replace_link(table, index, entry, Entry::EMPTY)
             {
-                self.swap(table, index, entry, Entry::EMPTY);
                 self.bury(entry.table(), dead);
             }
             let next = (at.as_u64() | (level.entry_bytes() - 1)).wrapping_add(1);
@@ -167,13 +167,16 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
         let parts = link.table();
         let leaf = self.merged(parts, base, part_size, into)?;
 
-        self.swap(table, index, link, leaf);
+        if !self.replace_link(table, index, link, leaf) {
+            return Err(CollapseError::NoTable { va });
+        }
         // The CPU may have gone on setting A and D in the parts, through the
         // link it had cached, until this flush is done. Then they are final.
         tlb.flush_range(VirtRange::page(base, into), part_size);
         let late = (0..ENTRIES).fold(0, |bits, part| bits | self.memory.read(parts, part));
         let mut old = leaf;
-        while old.0 | (late & ACCESSED_DIRTY) != old.0 {
+        while old.kind(target) == EntryKind::Leaf(into) && old.0 | (late & ACCESSED_DIRTY) != old.0
+        {
             let new = Entry(old.0 | (late & ACCESSED_DIRTY));
             match self.memory.compare_exchange(table, index, old.0, new.0) {
                 Ok(_) => break,
@@ -255,11 +258,18 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
         (0..ENTRIES).all(|index| self.memory.read(table, index) == 0)
     }
 
-    /// Replaces an entry that only the CPU changes meanwhile (it sets A in
-    /// links).
-    fn swap(&self, table: GuestPhys, index: usize, mut old: Entry, new: Entry) {
-        while let Err(found) = self.memory.compare_exchange(table, index, old.0, new.0) {
-            old = Entry(found);
+    /// Replaces a link that only the CPU changes meanwhile (it sets A). Returns
+    /// whether that is how it was: if not, the entry is left alone.
+    #[must_use]
+    fn replace_link(&self, table: GuestPhys, index: usize, link: Entry, new: Entry) -> bool {
+        const ACCESSED: u64 = PteFlags::ACCESSED.bits();
+        let mut old = link;
+        loop {
+            match self.memory.compare_exchange(table, index, old.0, new.0) {
+                Ok(_) => return true,
+                Err(found) if (found ^ old.0) == ACCESSED => old = Entry(found),
+                Err(_) => return false,
+            }
         }
     }
 
