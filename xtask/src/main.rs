@@ -1,2 +1,54 @@
 //! The project's own chores.
-fn main() {}
+//!
+//! ```text
+//!   test    every test, the machine's tools installed first
+//!   lint    formatting, clippy, documentation, the list of unsafe files, licences
+//!   bench   a benchmark in the lab, with instructions counted, and on this machine
+//!   fuzz    a fuzz target for a while
+//! ```
+
+mod bench;
+mod fuzz;
+mod lint;
+mod process;
+mod tally;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "The project's own chores")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Run every test: unit, property, documentation and ring 0.
+    Test(test::TestArgs),
+    /// Check formatting, lints, documentation, unsafe code and licences.
+    Lint(lint::LintArgs),
+    /// Run a benchmark in the lab and on this machine.
+    Bench(bench::BenchArgs),
+    /// Fuzz a target, or each target in turn.
+    Fuzz(fuzz::FuzzArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().chore {
+        Chore::Test(args) => test::run(&args),
+        Chore::Lint(args) => lint::run(&args),
+        Chore::Bench(args) => bench::run(&args),
+        Chore::Fuzz(args) => fuzz::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -8,11 +8,12 @@ use crate::child;
 use crate::event::{Event, Verdict};
 use crate::test::Test;
 
-/// The lab is slower than a machine of today, most of all beside other work.
-pub(crate) const LAB_TIMEOUT_FACTOR: u32 = 3;
-
-/// Runs the tests of these names.
-pub(crate) fn run(tests: &[Test], names: &[String]) -> ExitCode {
+/// Runs tests: the arguments are the factor for time limits, then names.
+pub(crate) fn run(tests: &[Test], arguments: &[String]) -> ExitCode {
+    let Some((factor, names)) = arguments.split_first() else {
+        return ExitCode::FAILURE;
+    };
+    let factor = factor.parse().unwrap_or(1);
     for name in names {
         let Some(test) = tests.iter().find(|test| test.name() == name) else {
             let missing = Verdict::failed("this test target has no such test", String::new());
@@ -20,7 +21,7 @@ pub(crate) fn run(tests: &[Test], names: &[String]) -> ExitCode {
             continue;
         };
         report(&Event::Started(name.clone()));
-        let verdict = child::run(test, test.timeout() * LAB_TIMEOUT_FACTOR);
+        let verdict = child::run(test, test.timeout() * factor);
         report(&Event::Finished(name.clone(), verdict));
     }
     ExitCode::SUCCESS

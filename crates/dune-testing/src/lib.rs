@@ -51,6 +51,7 @@
 //! |---|---|
 //! | `DUNE_REQUIRE_RING0=1` | a ring 0 test that cannot run fails; else it is ignored, loudly |
 //! | `DUNE_TEST_RING0=lab` | use the lab although the machine's KVM would do |
+//! | `DUNE_TEST_RING0=intel` | use the Intel lab, for the smoke tests; no others run |
 //! | `DUNE_TEST_CPUS=N` | virtual CPUs of the lab (default 2) |
 //! | `DUNE_TEST_MEMORY=MIB` | memory of the lab (default 2048) |
 //! | `DUNE_TEST_TIMEOUT_SCALE=F` | multiplies all time limits |
@@ -74,17 +75,16 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::event::Verdict;
-use crate::ring0::Pool;
+use crate::ring0::{Place, Pool};
 pub use crate::test::{Needs, Outcome, Test};
 
 /// First arguments by which this binary calls itself.
 mod role {
     /// `RUN NAME`: be the child that runs one test.
     pub(crate) const RUN: &str = "--dune-test-run";
-    /// `BATCH NAME...`: run these tests one after the other, reporting events.
+    /// `BATCH FACTOR NAME...`: run these tests one after the other, with their
+    /// time limits multiplied, reporting events.
     pub(crate) const BATCH: &str = "--dune-test-batch";
-    /// `SMOKE`: list the names of the smoke tests.
-    pub(crate) const SMOKE: &str = "--dune-test-list-smoke";
 }
 
 /// Exit code of a child whose test cannot run here; its reason is the last
@@ -99,12 +99,6 @@ pub fn main(tests: &'static [Test]) -> ExitCode {
     match first.as_str() {
         role::RUN => child::be(tests, &arguments.next().unwrap_or_default()),
         role::BATCH => batch::run(tests, &arguments.collect::<Vec<_>>()),
-        role::SMOKE => {
-            for test in tests.iter().filter(|test| test.is_smoke()) {
-                println!("{}", test.name());
-            }
-            ExitCode::SUCCESS
-        }
         _ => run_all(tests),
     }
 }
@@ -112,11 +106,18 @@ pub fn main(tests: &'static [Test]) -> ExitCode {
 fn run_all(tests: &'static [Test]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     let show = arguments.nocapture || arguments.show_output;
+    let place = Place::from_environment();
+    let tests: Vec<&'static Test> = tests
+        .iter()
+        .filter(|test| place != Place::Intel || test.is_smoke())
+        .collect();
     let wanted: Vec<&Test> = tests
         .iter()
+        .copied()
         .filter(|test| is_wanted(&arguments, test.name()))
         .collect();
     let pool = Arc::new(Pool::new(
+        place,
         wanted
             .iter()
             .copied()
@@ -129,7 +130,7 @@ fn run_all(tests: &'static [Test]) -> ExitCode {
     let waiting = wanted.len().min(64);
     arguments.test_threads.get_or_insert(waiting.max(1));
     let trials = tests
-        .iter()
+        .into_iter()
         .map(|test| {
             let pool = Arc::clone(&pool);
             Trial::ignorable_test(test.name(), move || {

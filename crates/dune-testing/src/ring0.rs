@@ -1,5 +1,5 @@
 //! Where the ring 0 tests run, and the lab in which they do when this machine
-//! cannot.
+//! cannot, or when the Intel side is to be tested.
 //!
 //! One lab serves all ring 0 tests of the target: it is brought up when the
 //! first of them is due, on a thread of its own. When a test takes the guest
@@ -12,9 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use dune_kvm::probe::{Kvm, probe};
-use dune_lab::{Command, Config, Input, LabError, Output, Session};
+use dune_lab::{Command, Config, Input, LabError, Outcome, Output, Session};
 
-use crate::batch::LAB_TIMEOUT_FACTOR;
 use crate::event::{Event, Verdict};
 use crate::test::Test;
 use crate::{child, role};
@@ -23,9 +22,42 @@ use crate::{child, role};
 /// a whole counts as hanging.
 const GRACE: Duration = Duration::from_secs(60);
 
+/// How slow a lab is: time limits are multiplied by this.
+const SVM_TIMEOUT_FACTOR: u32 = 3;
+const INTEL_TIMEOUT_FACTOR: u32 = 10;
+
+/// Where ring 0 tests run, as far as the user decides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Here if this machine can, else in the lab.
+    Best,
+    /// In the lab with emulated SVM.
+    Svm,
+    /// In the lab with an emulated Intel CPU: smoke tests only.
+    Intel,
+}
+
+impl Place {
+    pub(crate) fn from_environment() -> Place {
+        match std::env::var("DUNE_TEST_RING0").as_deref() {
+            Ok("lab") => Place::Svm,
+            Ok("intel") => Place::Intel,
+            _ => Place::Best,
+        }
+    }
+
+    fn timeout_factor(self) -> u32 {
+        match self {
+            Place::Best | Place::Svm => SVM_TIMEOUT_FACTOR,
+            Place::Intel => INTEL_TIMEOUT_FACTOR,
+        }
+    }
+}
+
 /// The ring 0 tests of this run.
 #[derive(Debug)]
 pub(crate) struct Pool {
+    place: Place,
     tests: Vec<Test>,
     board: Arc<Board>,
     started: OnceLock<()>,
@@ -66,8 +98,9 @@ impl Board {
 }
 
 impl Pool {
-    pub(crate) fn new(tests: Vec<Test>) -> Pool {
+    pub(crate) fn new(place: Place, tests: Vec<Test>) -> Pool {
         Pool {
+            place,
             tests,
             board: Arc::default(),
             started: OnceLock::new(),
@@ -83,56 +116,43 @@ impl Pool {
 
     /// Runs a ring 0 test where it can run.
     pub(crate) fn verdict(&self, test: &Test) -> Verdict {
-        if *self.here.get_or_init(ring0_runs_here) {
+        let runs_here = || self.place == Place::Best && matches!(probe().kvm, Kvm::Hardware { .. });
+        if *self.here.get_or_init(runs_here) {
             return self.run_here(test);
         }
         self.started.get_or_init(|| {
+            let place = self.place;
             let tests = self.tests.clone();
             let board = Arc::clone(&self.board);
             // The lab ends with the thread that starts it.
-            thread::spawn(move || run_in_labs(&tests, &board));
+            thread::spawn(move || run_in_labs(place, &tests, &board));
         });
         self.board.wait_for(test.name())
     }
 }
 
-/// Whether this machine's KVM is backed by hardware.
-fn ring0_runs_here() -> bool {
-    let wants_lab = std::env::var_os("DUNE_TEST_RING0").is_some_and(|value| value == "lab");
-    !wants_lab && matches!(probe().kvm, Kvm::Hardware { .. })
-}
-
-fn run_in_labs(tests: &[Test], board: &Board) {
+fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
     let mut due: VecDeque<Test> = tests.iter().copied().collect();
     while !due.is_empty() {
-        let mut session = match start_lab() {
-            Ok(session) => session,
-            Err(error) => return give_up(&due, board, &error),
-        };
-        let names: Vec<&str> = due.iter().map(|test| test.name()).collect();
-        let slowest = due.iter().map(Test::timeout).max().unwrap_or_default();
         let program = match std::env::current_exe() {
             Ok(program) => program,
             Err(error) => return give_up(&due, board, &error),
         };
+        let factor = place.timeout_factor();
         let command = Command::new(program)
-            .arg(role::BATCH)
-            .args(names)
-            .idle_timeout(Some(slowest * LAB_TIMEOUT_FACTOR + GRACE));
+            .args([role::BATCH, &factor.to_string()])
+            .args(due.iter().map(Test::name));
+        let limits: Vec<Duration> = due.iter().map(|test| test.timeout() * factor).collect();
         let mut listener = Listener {
             due: &mut due,
             board,
             running: None,
             line: Vec::new(),
         };
-        let result = session.run(
-            &command,
-            Input::Nothing,
-            &mut Output {
-                stdout: &mut listener,
-                stderr: &mut std::io::stderr(),
-            },
-        );
+        let result = match place {
+            Place::Best | Place::Svm => run_on_svm(&command, &limits, &mut listener),
+            Place::Intel => run_on_intel(&command, &limits, &mut listener),
+        };
         let running = listener.running.take();
         let why = match result {
             Ok(outcome) => format!(
@@ -152,6 +172,34 @@ fn run_in_labs(tests: &[Test], board: &Board) {
             None => {}
         }
     }
+}
+
+fn run_on_svm(
+    command: &Command,
+    limits: &[Duration],
+    listener: &mut Listener<'_>,
+) -> Result<Outcome, LabError> {
+    let slowest = limits.iter().max().copied().unwrap_or_default();
+    let command = command.clone().idle_timeout(Some(slowest + GRACE));
+    let mut output = Output {
+        stdout: listener,
+        stderr: &mut std::io::stderr(),
+    };
+    start_lab()?.run(&command, Input::Nothing, &mut output)
+}
+
+fn run_on_intel(
+    command: &Command,
+    limits: &[Duration],
+    listener: &mut Listener<'_>,
+) -> Result<Outcome, LabError> {
+    let all = limits.iter().sum::<Duration>();
+    let command = command.clone().timeout(Some(all + GRACE));
+    let mut output = Output {
+        stdout: listener,
+        stderr: &mut std::io::stderr(),
+    };
+    dune_lab::run_on_intel(&Config::default(), &command, &[], &mut output)
 }
 
 fn start_lab() -> Result<Session, LabError> {

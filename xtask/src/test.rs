@@ -1,0 +1,218 @@
+//! `cargo xtask test`: every test there is.
+//!
+//! The ring 0 tests find their own way: each test target that has some brings
+//! up one lab for all of them, out of a saved state, in a third of a second.
+//! What this chore adds is that everything they need is there before, and the
+//! sum at the end.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use dune_lab::tools::{self, Tool};
+use dune_lab::{Config, Session, Step};
+
+use crate::process::cargo;
+use crate::tally::Tally;
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct TestArgs {
+    /// Run the ring 0 smoke tests on an emulated Intel CPU too.
+    #[arg(long)]
+    all: bool,
+
+    /// More arguments for `cargo test`: a package, a filter.
+    #[arg(last = true)]
+    cargo: Vec<String>,
+}
+
+/// Programs that the tests run; each is compared with itself under Dune.
+const PROGRAMS: &[Tool] = &[
+    tools::QEMU,
+    tools::XZ,
+    tool("busybox", "busybox-static"),
+    tool("awk", "mawk"),
+    tool("perl", "perl-base"),
+    tool("python3", "python3-minimal"),
+    tool("sqlite3", "sqlite3"),
+    tool("strace", "strace"),
+];
+
+const fn tool(program: &'static str, package: &'static str) -> Tool {
+    Tool { program, package }
+}
+
+/// Runs the chore.
+pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
+    let started = Instant::now();
+    prepare();
+    let mut tally = Tally::default();
+    let mut arguments = args.cargo.clone();
+    if !arguments
+        .iter()
+        .any(|word| matches!(word.as_str(), "-p" | "--package"))
+    {
+        arguments.insert(0, "--workspace".to_owned());
+    }
+    cargo_test(&arguments, "test", &mut tally, &[])?;
+    if args.all {
+        // The harness leaves all but the smoke tests out; targets without it
+        // have nothing for another CPU.
+        let targets = harness_targets()?;
+        cargo_test(
+            &targets,
+            "the smoke tests on Intel",
+            &mut tally,
+            &[("DUNE_TEST_RING0", "intel")],
+        )?;
+    }
+    report(&tally, started);
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Installs what is missing and brings the lab up once, so that its state is
+/// there. Neither must succeed: a test that cannot run says so itself.
+fn prepare() {
+    let missing: Vec<&str> = PROGRAMS
+        .iter()
+        .filter(|tool| tool.find().is_none())
+        .map(|tool| tool.package)
+        .collect();
+    if !missing.is_empty()
+        && let Err(error) = tools::install(&missing)
+    {
+        eprintln!("cargo xtask: {error}");
+    }
+    let _step = Step::begin("Bringing the lab up");
+    // What the harness asks for by default.
+    let config = Config {
+        cpus: 2,
+        memory_mib: 2048,
+        ..Config::default()
+    };
+    if let Err(error) = Session::start(&config) {
+        eprintln!("cargo xtask: the lab cannot run here: {error}");
+    }
+}
+
+/// Runs `cargo test`, lets a person follow it, and counts.
+fn cargo_test(
+    arguments: &[String],
+    what: &str,
+    tally: &mut Tally,
+    variables: &[(&str, &str)],
+) -> Result<()> {
+    let mut build = cargo();
+    build.args(["test", "--no-run"]).args(arguments);
+    if !crate::process::try_run(&mut build)? {
+        tally.fail(format!("{what}: it does not build"));
+        return Ok(());
+    }
+    let mut test = cargo();
+    test.args(["test", "--no-fail-fast"])
+        .args(arguments)
+        .envs(variables.iter().copied());
+    let before = tally.failed;
+    let succeeded = follow(&mut test, tally)?;
+    if !succeeded && tally.failed == before {
+        tally.fail(format!("{what}: cargo test failed; see above"));
+    }
+    Ok(())
+}
+
+fn follow(command: &mut Command, tally: &mut Tally) -> Result<bool> {
+    // One pipe for both streams: cargo names the targets on standard error,
+    // their results come on standard output, and their order matters.
+    let (reader, writer) = std::io::pipe().context("make a pipe")?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().context("duplicate a pipe")?)
+        .stderr(writer)
+        .spawn()
+        .with_context(|| format!("start `{}`", crate::process::line(command)))?;
+    // The command holds the other ends of the pipe.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut reader = BufReader::new(reader);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).context("read a pipe")? != 0 {
+        let text = String::from_utf8_lossy(&line);
+        print!("{text}");
+        tally.read(&text);
+        line.clear();
+    }
+    tally.close();
+    Ok(child.wait().context("wait for cargo")?.success())
+}
+
+/// `-p PACKAGE --test TARGET ...` of every test target with a harness of its
+/// own, which in this workspace is `dune-testing`.
+fn harness_targets() -> Result<Vec<String>> {
+    let mut arguments = Vec::new();
+    let crates = crate::process::workspace().join("crates");
+    let entries = std::fs::read_dir(&crates).context("read the folder of crates")?;
+    for entry in entries.flatten() {
+        let manifest = entry.path().join("Cargo.toml");
+        let Ok(text) = std::fs::read_to_string(&manifest) else {
+            continue;
+        };
+        let package = entry.file_name().to_string_lossy().into_owned();
+        for target in targets_without_libtest(&text) {
+            if !arguments.contains(&package) {
+                arguments.extend(["-p".to_owned(), package.clone()]);
+            }
+            arguments.extend(["--test".to_owned(), target]);
+        }
+    }
+    Ok(arguments)
+}
+
+/// The names of the `[[test]]` sections with `harness = false`.
+fn targets_without_libtest(manifest: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for section in manifest
+        .split("\n[")
+        .filter_map(|section| section.strip_prefix("[test]]"))
+    {
+        let value = |key: &str| {
+            section.lines().find_map(|line| {
+                let (name, value) = line.split_once('=')?;
+                (name.trim() == key).then(|| value.trim().trim_matches('"').to_owned())
+            })
+        };
+        if value("harness").as_deref() == Some("false") {
+            names.extend(value("name"));
+        }
+    }
+    names
+}
+
+fn report(tally: &Tally, started: Instant) {
+    for (title, names) in [("failed", &tally.failures), ("skipped", &tally.skips)] {
+        if !names.is_empty() {
+            println!("\n{title}:");
+            for name in names {
+                println!("    {name}");
+            }
+        }
+    }
+    println!("\nall tests took {} s", started.elapsed().as_secs());
+    println!("{tally}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_with_a_harness_of_their_own_are_found() {
+        let manifest = "[package]\nname = \"x\"\n\n[[test]]\nname = \"a\"\nharness = false\n\n\
+                        [[test]]\nname = \"b\"\n\n[[bin]]\nname = \"c\"\n";
+        assert_eq!(targets_without_libtest(manifest), ["a"]);
+    }
+}
