@@ -49,6 +49,60 @@
 //! adding a mapping or a right needs none on x86, where an entry that is not
 //! present is never cached and a stale one that is too strict is dropped by the
 //! fault it causes.
+//!
+//! # Example
+//!
+//! ```
+//! use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+//! use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
+//! use dune_x86::frame::{FramePool, PooledTables};
+//! use dune_x86::paging::{NoFlush, PageTable, PteFlags, TableMemory};
+//!
+//! /// Tables in a vector; physical address 0 is its beginning.
+//! struct Memory(Vec<AtomicU64>);
+//!
+//! impl Memory {
+//!     fn entry(&self, table: GuestPhys, index: usize) -> &AtomicU64 {
+//!         &self.0[table.as_u64() as usize / 8 + index]
+//!     }
+//! }
+//!
+//! impl TableMemory for Memory {
+//!     fn read(&self, table: GuestPhys, index: usize) -> u64 {
+//!         self.entry(table, index).load(Ordering::Relaxed)
+//!     }
+//!     fn write(&self, table: GuestPhys, index: usize, value: u64) {
+//!         self.entry(table, index).store(value, Ordering::Relaxed);
+//!     }
+//!     fn compare_exchange(
+//!         &self, table: GuestPhys, index: usize, old: u64, new: u64,
+//!     ) -> Result<u64, u64> {
+//!         self.entry(table, index).compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let memory = Memory((0..8 * 512).map(|_| AtomicU64::new(0)).collect());
+//! let words: Vec<_> = (0..8).map(|_| AtomicU32::new(0)).collect();
+//! let pool = FramePool::new(GuestPhys::ZERO, PageSize::Size4KiB, &words)?;
+//! let tables = PooledTables::new(&pool, &memory).expect("the pool's frames are of 4 KiB");
+//! let table: PageTable<_, _> = PageTable::new(&memory, tables)?;
+//!
+//! // Four MiB in two large pages; then one small page becomes read-only, for
+//! // which its large page is split.
+//! let range = VirtRange::try_new(GuestVirt::new(0x4000_0000), 4 << 20)?;
+//! table.map_range(range, GuestPhys::new(0x20_0000), PageSize::Size2MiB, PteFlags::RW)?;
+//! let page = VirtRange::page(GuestVirt::new(0x4000_5000), PageSize::Size4KiB);
+//! let flush = table.protect(page, PteFlags::R)?;
+//! flush.ignore(NoFlush::NotLoaded);
+//!
+//! assert_eq!(table.translate(GuestVirt::new(0x4000_5123)), Some(GuestPhys::new(0x20_5123)));
+//! assert!(!table.walk(page.start()).permissions().unwrap().writable);
+//! table.free();
+//! assert_eq!(pool.in_use(), 0);
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 
