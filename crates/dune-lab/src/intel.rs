@@ -297,8 +297,11 @@ impl Guest {
     /// The kernel's last messages: those the agent sent, and what the kernel
     /// itself found worth the console, a panic for one.
     fn kernel_lines(&self) -> String {
-        let text = self.kernel_log.concat() + &self.machine.console();
-        last_lines(&text, KERNEL_LOG_LINES)
+        let console = self.machine.console();
+        match trouble_in(&console, KERNEL_LOG_LINES) {
+            Some(report) => report,
+            None => last_lines(&(self.kernel_log.concat() + &console), KERNEL_LOG_LINES),
+        }
     }
 
     fn overdue(&self, limit: Duration) -> LabError {
@@ -310,9 +313,26 @@ impl Guest {
             } else {
                 GuestState::Alive
             },
-            console: last_lines(&self.kernel_lines(), 10),
+            console: self.kernel_lines(),
         }
     }
+}
+
+/// Where a kernel in trouble begins to say so, and up to `count` lines from there:
+/// the cause comes first, and pages of registers follow.
+fn trouble_in(console: &str, count: usize) -> Option<String> {
+    const SIGNS: [&str; 4] = [
+        "Kernel panic",
+        "BUG: ",
+        "Oops: ",
+        "general protection fault",
+    ];
+    let lines: Vec<&str> = console.lines().collect();
+    let first = lines
+        .iter()
+        .position(|line| SIGNS.iter().any(|sign| line.contains(sign)))?;
+    let end = lines.len().min(first + count);
+    Some(lines[first..end].join("\n"))
 }
 
 fn write_all(stream: &mut dyn Write, bytes: &[u8]) -> std::io::Result<()> {
@@ -327,4 +347,24 @@ fn exit_code(payload: &[u8]) -> Result<Outcome, LabError> {
         .and_then(|bytes| u8::try_from(u32::from_le_bytes(bytes)).ok())
         .map(|code| Outcome { code })
         .ok_or_else(|| LabError::Protocol(format!("{payload:02x?} is not an exit code")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_is_reported_from_its_beginning() {
+        let console = "warning\n[1.0] Kernel panic - not syncing: why\n[1.1] RIP\n[1.2] RAX\n";
+        let report = trouble_in(console, 2).unwrap();
+        assert_eq!(report, "[1.0] Kernel panic - not syncing: why\n[1.1] RIP");
+        assert_eq!(trouble_in("all is well\n", 2), None);
+    }
+
+    #[test]
+    fn exit_codes_have_four_bytes() {
+        assert_eq!(exit_code(&[7, 0, 0, 0]).unwrap().code, 7);
+        assert!(exit_code(&[7]).is_err());
+        assert!(exit_code(&[0, 1, 0, 0]).is_err());
+    }
 }

@@ -126,7 +126,6 @@ impl Machine {
         (&commands)
             .write_all(b"c\n")
             .map_err(io_error("write the debugger's commands"))?;
-        let path = |file: &dyn AsRawFd| format!("/proc/self/fd/{}", file.as_raw_fd());
         let cylinders = disk.cylinders;
         // Bochs reports what it makes of MSRs it does not know; that is noise.
         let text = format!(
@@ -151,11 +150,11 @@ impl Machine {
              error: action=ignore\n\
              info: action=ignore\n\
              debug: action=ignore\n",
-            path(&video_bios),
-            path(&console),
-            path(&frames_end),
-            path(&disk.file),
-            path(&log),
+            path_of(&video_bios),
+            path_of(&console),
+            path_of(&frames_end),
+            path_of(&disk.file),
+            path_of(&log),
         );
         let settings = memory_file("settings")?;
         (&settings)
@@ -164,9 +163,9 @@ impl Machine {
 
         let screen = Screen::open()?;
         let mut command = Command::new(&bochs.program);
-        command.arg("-q").arg("-f").arg(path(&settings));
+        command.arg("-q").arg("-f").arg(path_of(&settings));
         if bochs.debugger {
-            command.arg("-rc").arg(path(&commands));
+            command.arg("-rc").arg(path_of(&commands));
         }
         let stream = || {
             screen
@@ -222,9 +221,10 @@ impl Machine {
         Ok((machine, File::from(frames)))
     }
 
-    /// What the guest's kernel wrote to its console last.
+    /// What the guest's kernel wrote to its console: warnings and worse.
     pub(crate) fn console(&self) -> String {
-        tail(&self.console)
+        let bytes = std::fs::read(path_of(&self.console)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
     }
 
     /// What the emulator itself said.
@@ -243,6 +243,11 @@ impl Drop for Machine {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A name for an open file: in this process, and in a child that inherits it.
+fn path_of(file: &dyn AsRawFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
 /// Bochs insists on a video BIOS. This one does nothing: a header, the size in
