@@ -17,12 +17,24 @@ fn main() {
     let target = env::var("TARGET").expect("cargo sets TARGET");
     let agent = out.join("dune-lab-agent");
     let status = Command::new(rustc)
-        .args(["--edition=2024", "--crate-name=dune_lab_agent", "--crate-type=bin"])
+        .args([
+            "--edition=2024",
+            "--crate-name=dune_lab_agent",
+            "--crate-type=bin",
+        ])
         .args(["--target", &target, "--cap-lints=allow"])
         .args(["-Ctarget-feature=+crt-static", "-Crelocation-model=static"])
-        .args(["-Copt-level=s", "-Cpanic=abort", "-Cstrip=symbols", "-Clto=thin"])
+        .args([
+            "-Copt-level=s",
+            "-Cpanic=abort",
+            "-Cstrip=symbols",
+            "-Clto=thin",
+        ])
         // The same bytes wherever the checkout lies: saved states are keyed by them.
-        .arg(format!("--remap-path-prefix={}=.", env::var("CARGO_MANIFEST_DIR").unwrap_or_default()))
+        .arg(format!(
+            "--remap-path-prefix={}=.",
+            env::var("CARGO_MANIFEST_DIR").unwrap_or_default()
+        ))
         .arg("-o")
         .arg(&agent)
         .arg("src/agent/main.rs")

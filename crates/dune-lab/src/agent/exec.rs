@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
@@ -73,9 +73,12 @@ pub(crate) fn start(request: &Request, link: &Link) -> Result<Running, NotStarte
         .arg0(OsStr::from_bytes(program))
         .args(arguments.iter().map(|argument| OsStr::from_bytes(argument)))
         .env_clear()
-        .envs(request.env.iter().map(|(name, value)| {
-            (OsStr::from_bytes(name), OsStr::from_bytes(value))
-        }))
+        .envs(
+            request
+                .env
+                .iter()
+                .map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))),
+        )
         .current_dir(OsStr::from_bytes(&request.cwd));
     let stream = |number: u8| match &terminal {
         Some(terminal) if request.terminal_streams & (1 << number) != 0 => {
@@ -83,7 +86,10 @@ pub(crate) fn start(request: &Request, link: &Link) -> Result<Running, NotStarte
         }
         _ => Ok(Stdio::piped()),
     };
-    command.stdin(stream(0)?).stdout(stream(1)?).stderr(stream(2)?);
+    command
+        .stdin(stream(0)?)
+        .stdout(stream(1)?)
+        .stderr(stream(2)?);
     let identity = Identity {
         uid: request.uid,
         gid: request.gid,
@@ -224,7 +230,10 @@ fn carry_input(
             // A command that closed its input loses the rest, as in a pipe;
             // the host still gets its credit back.
             open = open && sink.write_all(&bytes).is_ok();
-            link.send(Kind::StdinTaken, &u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
+            link.send(
+                Kind::StdinTaken,
+                &u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes(),
+            );
         }
     });
     Ok(())
@@ -242,12 +251,7 @@ fn report_end(leader: u32, output: &Receiver<bool>, link: &Link) {
             Err(_) => host_gone(),
         }
     };
-    loop {
-        match output.recv_timeout(LINGER) {
-            Ok(_) => {}
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
-        }
-    }
+    while output.recv_timeout(LINGER).is_ok() {}
     sys::sync();
     let signal = status & 0x7f;
     let code = if signal == 0 {
