@@ -673,6 +673,16 @@ proptest! {
             assert!(cpu.written.borrow().iter().all(|&page| dirty(page)));
             cpu.assert_nothing_stale(&tables, &BTreeSet::new());
 
+            // One flush is enough for the large page, so no small one may be
+            // cached any more.
+            let read_only = Change::clear(PteFlags::WRITABLE);
+            let writable = Change::set(PteFlags::WRITABLE);
+            tables.update_leaf(va(AT), read_only).unwrap().1.apply(&cpu);
+            for page in &pages {
+                assert_eq!(cpu.access(va(AT + page * PAGE), true), None);
+            }
+            tables.update_leaf(va(AT), writable).unwrap().1.apply(&cpu);
+
             cpu.racing(|| tables.split(va(AT), PageSize::Size4KiB)).unwrap().apply(&cpu);
             assert!(cpu.written.borrow().iter().all(|&page| dirty(page)));
             cpu.racing(|| tables.clear_dirty(whole, |_| ())).unwrap().apply(&cpu);
