@@ -1,0 +1,83 @@
+//! What each crossing costs, on Linux and in Dune mode, side by side in one run.
+//!
+//! ```text
+//!   main     the command line
+//!   crossings/  a file each: the Linux way and the Dune way of the same thing
+//!   meter    repeats an operation and takes the median
+//!   clock    what a tick is: an instruction (found out, not assumed) or a part of a second
+//!   host     what the run was made on
+//!   report   the table a person reads and the JSON a program reads
+//! ```
+//!
+//! Nothing is subtracted from a figure: what the measuring itself adds is a row of its own.
+
+mod clock;
+mod crossings;
+mod host;
+mod meter;
+mod report;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Measures Dune against Linux.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The crossings: traps, system calls, rings, address spaces, memory.
+    Core(CoreArguments),
+    /// The CPU-bound program that `core` runs natively and under `dune run`.
+    #[command(hide = true)]
+    ComputeKernel,
+}
+
+#[derive(Debug, clap::Args)]
+struct CoreArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(long, value_name = "PATH", default_value = "target/bench/core.json")]
+    json: PathBuf,
+    /// Samples of each row, of which the median is reported.
+    #[arg(long, value_name = "N", default_value_t = 51, value_parser = clap::value_parser!(u32).range(3..))]
+    samples: u32,
+    /// Only the rows whose id contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// The `dune` command for the rows that need it; by default the one beside this program.
+    #[arg(long, value_name = "PATH")]
+    dune: Option<PathBuf>,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().bench {
+        Bench::Core(arguments) => run_core(arguments),
+        Bench::ComputeKernel => {
+            crossings::compute::main();
+            Ok(())
+        }
+    }
+}
+
+fn run_core(arguments: CoreArguments) -> anyhow::Result<()> {
+    let report = crossings::run(&crossings::Choices {
+        samples: arguments.samples as usize,
+        only: arguments.only,
+        dune: arguments.dune,
+    });
+    let json = report.json()?;
+    if arguments.json.as_os_str() == "-" {
+        eprint!("{}", report.table());
+        println!("{json}");
+    } else {
+        print!("{}", report.table());
+        report::write(&arguments.json, &json)?;
+        println!("written to {}", arguments.json.display());
+    }
+    Ok(())
+}
