@@ -629,6 +629,7 @@ proptest! {
     #![proptest_config(config(400))]
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes hours under Miri; there is no unsafe code in it")]
     fn edits_do_what_the_model_does(
         seed in any::<u64>(),
         ops in prop::collection::vec(op(), 1..LONGEST),
@@ -637,6 +638,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes hours under Miri; there is no unsafe code in it")]
     fn edits_without_memory_for_tables_change_nothing(
         seed in any::<u64>(),
         ops in prop::collection::vec(op(), 1..LONGEST),
@@ -647,6 +649,7 @@ proptest! {
     /// Pages that are merged and split while the CPU writes to them. (Random
     /// edits seldom leave 512 pages that can be merged.)
     #[test]
+    #[cfg_attr(miri, ignore = "takes hours under Miri; there is no unsafe code in it")]
     fn merging_under_a_writing_cpu_loses_no_dirty_bit(
         seed in any::<u64>(),
         pages in prop::collection::vec(0..512_u64, 1..20),
@@ -692,6 +695,7 @@ proptest! {
 
     /// A CPU that looks at what was unmapped keeps links to empty tables.
     #[test]
+    #[cfg_attr(miri, ignore = "takes hours under Miri; there is no unsafe code in it")]
     fn pruned_tables_are_freed_when_the_cpu_has_forgotten_them(
         seed in any::<u64>(),
         pages in prop::collection::vec(0..0x1000_u64, 1..20),
