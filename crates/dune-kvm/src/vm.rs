@@ -14,6 +14,8 @@ use crate::vcpu::Vcpu;
 use crate::windows::{Claim, WINDOW_SHIFT, WINDOW_SIZE, Windows};
 
 const DEVICE: &core::ffi::CStr = c"/dev/kvm";
+/// Linux keeps the last page of the lower half to itself, and refuses a slot over it.
+const USER_SPACE_END: u64 = (1 << 47) - 4096;
 /// In the GiB of guest physical space that is never given out; only CPUs without
 /// "unrestricted guest" ever use it.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -253,12 +255,13 @@ impl Vm {
     }
 
     fn set_slot(&self, frame: u16, host: u64, size: u64) -> Result<(), Errno> {
+        let start = host & !(WINDOW_SIZE - 1);
         let region = kvm::kvm_userspace_memory_region {
             slot: u32::from(frame),
             flags: 0,
             guest_phys_addr: u64::from(frame) << WINDOW_SHIFT,
-            memory_size: size,
-            userspace_addr: host & !(WINDOW_SIZE - 1),
+            memory_size: size.min(USER_SPACE_END.saturating_sub(start)),
+            userspace_addr: start,
         };
         // SAFETY: the guest may reach this process's whole memory by design; what it may do
         // there is decided by the guest's own page tables.
@@ -375,3 +378,19 @@ fn create_vm(kvm_fd: i32) -> Result<i32, VmError> {
 }
 
 const _: () = assert!(size_of::<kvm::kvm_userspace_memory_region>() == 32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where address space randomisation may put a stack.
+    #[test]
+    fn the_last_gib_of_user_space_can_be_a_window() {
+        let Ok(vm) = Vm::new() else {
+            println!("ignored: no usable /dev/kvm here");
+            return;
+        };
+        vm.ensure_window((1 << 47) - 8192).unwrap();
+        vm.ensure_window(0).unwrap();
+    }
+}
