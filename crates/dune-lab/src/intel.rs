@@ -105,6 +105,7 @@ pub fn run_on_intel(
 
     let wants_report = config.verbose || std::io::stderr().is_terminal();
     let step = wants_report.then(|| Step::begin("Booting the lab on an emulated Intel CPU"));
+    let started = Instant::now();
     let (machine, frames) = Machine::start(&bochs, &disk, config.memory_mib)?;
     let mut guest = Guest {
         machine,
@@ -114,6 +115,10 @@ pub fn run_on_intel(
     };
     guest.wait_for_hello()?;
     drop(step);
+    if config.verbose {
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!("dune lab: the emulated Intel CPU was ready after {seconds:.1} s");
+    }
     guest.carry(command.timeout, output)
 }
 
