@@ -1,2 +1,115 @@
-//! The dune command.
-fn main() {}
+//! The `dune` command.
+//!
+//! | command | file |
+//! |---|---|
+//! | `dune run -- CMD` | [`run`]: the sandbox, with the engine that fits the machine |
+//! | `dune check` | [`check`]: what this machine offers |
+//! | `dune lab -- CMD` | crate `dune-lab` |
+//! | `dune syscalls` | [`syscalls`]: the sandbox's table of calls |
+//!
+//! Nothing here changes the terminal's modes or leaves anything behind, so that
+//! the command may be killed at any moment. (`dune lab` puts the terminal into
+//! raw mode while a command runs in it, and takes care of that itself.)
+
+mod check;
+mod observed;
+mod output;
+mod run;
+mod syscalls;
+mod watchdog;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What Dune ends with when it is Dune that failed, not the program: as
+/// `env`, `nice` and `timeout` do.
+const DUNE_FAILED: u8 = 125;
+
+/// Safe, direct use of the privileged CPU for ordinary Linux processes.
+#[derive(Debug, Parser)]
+#[command(name = "dune", version, after_help = EXIT_CODES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    Run(run::RunArgs),
+    Check(check::CheckArgs),
+    #[command(after_help = LAB_EXAMPLES)]
+    Lab(dune_lab::LabArgs),
+    Syscalls(syscalls::SyscallsArgs),
+}
+
+const EXIT_CODES: &str = "\
+Exit codes of `run` and `lab`:
+  0-124  the program's own
+  124    it was ended by --timeout
+  125    Dune failed (the message says why)
+  126    the program cannot be executed
+  127    the program was not found
+  128+n  it died of signal n (as a shell reports it)
+
+Examples:
+  dune run -- ls -l /          run ls in the sandbox
+  dune check                   what this machine offers, and what to do about the rest
+  dune lab -- uname -a         run a command in the bundled virtual machine";
+
+const LAB_EXAMPLES: &str = "\
+Examples:
+  dune lab -- uname -a
+  dune lab --icount -- ./bench           # one instruction is one nanosecond
+  dune lab --share . -- sh -c 'id > id.txt'
+  dune lab --intel -- ./test             # Bochs with VMX and EPT instead of QEMU with SVM";
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Run(args) => run::run(&args),
+        Task::Check(args) => check::check(&args),
+        Task::Lab(args) => return lab(&args),
+        Task::Syscalls(args) => syscalls::list(&args),
+    };
+    result.unwrap_or_else(|error| {
+        output::complain_of(&error);
+        ExitCode::from(DUNE_FAILED)
+    })
+}
+
+/// Runs a command in the lab; reports failures by itself.
+fn lab(args: &dune_lab::LabArgs) -> ExitCode {
+    match dune_lab::run(args) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            output::complain(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_is_explained() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(
+                    argument.get_help().is_some(),
+                    "{} {argument}",
+                    command.get_name()
+                );
+            }
+        }
+    }
+}

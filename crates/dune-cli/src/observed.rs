@@ -1,0 +1,194 @@
+//! An engine that counts what passes through it, for the report at the end of
+//! `dune run`.
+
+use std::cell::Cell;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::atomic::AtomicU8;
+use std::time::Duration;
+
+use anyhow::Context;
+use dune_sandbox::engine::{Access, Engine, EngineError, Trap, UserState};
+use dune_sandbox::host::move_fd_high;
+use dune_sandbox::range::PageRange;
+
+/// What was counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) calls: u64,
+    pub(crate) page_faults: u64,
+    pub(crate) host_faults: u64,
+    pub(crate) exceptions: u64,
+    pub(crate) interruptions: u64,
+}
+
+impl Counts {
+    fn count(&mut self, trap: &Trap) {
+        let counter = match trap {
+            Trap::Syscall => &mut self.calls,
+            Trap::PageFault { .. } => &mut self.page_faults,
+            Trap::HostFault { .. } => &mut self.host_faults,
+            Trap::Exception { .. } => &mut self.exceptions,
+            Trap::Interrupted => &mut self.interruptions,
+        };
+        *counter += 1;
+    }
+
+    /// One line for a person.
+    pub(crate) fn summary(self, placement: impl fmt::Display, elapsed: Duration) -> String {
+        let mut parts = vec![
+            format!("placement {placement}"),
+            plural(self.calls, "system call"),
+            plural(self.page_faults, "page fault"),
+        ];
+        // What most programs do not have is named only where it was.
+        for (count, what) in [
+            (self.host_faults, "host fault"),
+            (self.exceptions, "exception"),
+            (self.interruptions, "interruption"),
+        ] {
+            if count > 0 {
+                parts.push(plural(count, what));
+            }
+        }
+        parts.push(format!("{:.1} ms", elapsed.as_secs_f64() * 1e3));
+        parts.join(", ")
+    }
+}
+
+fn plural(count: u64, what: &str) -> String {
+    let s = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{s}")
+}
+
+/// The engine. All of it is another engine, but for the counts and one more
+/// hidden descriptor.
+pub(crate) struct Observed {
+    inner: Box<dyn Engine>,
+    counts: Rc<Cell<Counts>>,
+    stderr: RawFd,
+}
+
+/// What is left when the engine and the program are gone.
+pub(crate) struct Observer {
+    counts: Rc<Cell<Counts>>,
+    stderr: File,
+}
+
+/// Wraps `inner` so that it can be reported on afterwards.
+///
+/// Standard error is duplicated, because programs close theirs at their end
+/// (to see whether all has been written), and it is the same descriptor.
+///
+/// # Errors
+///
+/// If there is no descriptor left.
+pub(crate) fn observe(inner: Box<dyn Engine>) -> anyhow::Result<(Observed, Observer)> {
+    let stderr = io::stderr()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(move_fd_high)
+        .context("cannot duplicate standard error; raise `ulimit -n`")?;
+    let counts = Rc::new(Cell::new(Counts::default()));
+    let engine = Observed {
+        inner,
+        counts: Rc::clone(&counts),
+        stderr: stderr.as_raw_fd(),
+    };
+    Ok((
+        engine,
+        Observer {
+            counts,
+            stderr: stderr.into(),
+        },
+    ))
+}
+
+impl Observer {
+    pub(crate) fn counts(&self) -> Counts {
+        self.counts.get()
+    }
+
+    /// One line on what standard error was at the start.
+    pub(crate) fn say(&mut self, message: &str) {
+        // There is nobody to tell that it cannot be written.
+        let _ = writeln!(self.stderr, "dune: {message}");
+    }
+}
+
+impl Engine for Observed {
+    fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
+        let trap = self.inner.run(user)?;
+        let mut counts = self.counts.get();
+        counts.count(&trap);
+        self.counts.set(counts);
+        Ok(trap)
+    }
+
+    fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
+        self.inner.admit(addr, area, access)
+    }
+
+    fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
+        self.inner.revoke(range)
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.inner.xcr0()
+    }
+
+    fn xstate_len(&self) -> usize {
+        self.inner.xstate_len()
+    }
+
+    fn save_xstate(&mut self, area: &mut [u8]) -> Result<(), EngineError> {
+        self.inner.save_xstate(area)
+    }
+
+    fn load_xstate(&mut self, area: &[u8]) -> Result<(), EngineError> {
+        self.inner.load_xstate(area)
+    }
+
+    fn reset_xstate(&mut self) -> Result<(), EngineError> {
+        self.inner.reset_xstate()
+    }
+
+    fn kick_byte(&self) -> NonNull<AtomicU8> {
+        self.inner.kick_byte()
+    }
+
+    fn fds(&self) -> Vec<RawFd> {
+        let mut fds = self.inner.fds();
+        fds.push(self.stderr);
+        fds
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_names_what_there_was() {
+        let counts = Counts {
+            calls: 94,
+            page_faults: 1,
+            ..Counts::default()
+        };
+        let line = counts.summary("host", Duration::from_micros(6_400));
+        assert_eq!(
+            line,
+            "placement host, 94 system calls, 1 page fault, 6.4 ms"
+        );
+        let counts = Counts {
+            exceptions: 2,
+            ..Counts::default()
+        };
+        let line = counts.summary("guest", Duration::ZERO);
+        assert!(line.contains("2 exceptions"), "{line}");
+    }
+}

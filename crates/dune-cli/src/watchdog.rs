@@ -1,0 +1,58 @@
+//! `dune run --timeout`: ends the process when the time is over.
+#![expect(unsafe_code, reason = "signal masks")]
+
+use std::mem::MaybeUninit;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::output;
+
+/// What `timeout` ends with as well.
+const TIME_IS_OVER: u8 = 124;
+
+/// Starts a thread that ends the process, program and all, after `limit`.
+///
+/// The thread blocks every signal, so that signals for the process reach the
+/// thread that runs the program, and it only sleeps.
+///
+/// # Errors
+///
+/// If no thread can be made.
+pub(crate) fn start(limit: Duration, program: String) -> anyhow::Result<()> {
+    let before = block_all_signals();
+    let thread = thread::Builder::new()
+        .name("watchdog".to_owned())
+        .spawn(move || {
+            thread::sleep(limit);
+            let seconds = limit.as_secs_f64();
+            output::complain(&format!(
+                "{program} did not end within {seconds} s; raise --timeout"
+            ));
+            // SAFETY: ends the process at once: nothing of it is used any more.
+            unsafe { libc::_exit(TIME_IS_OVER.into()) }
+        });
+    set_signal_mask(&before);
+    thread
+        .map(drop)
+        .context("cannot start the thread for --timeout; lower the load")
+}
+
+/// Returns the mask as it was.
+fn block_all_signals() -> libc::sigset_t {
+    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: fills the set.
+    unsafe { libc::sigfillset(all.as_mut_ptr()) };
+    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `all` was filled above, and `before` is filled here; the call
+    // cannot fail with a valid operation.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
+    // SAFETY: filled by the call above.
+    unsafe { before.assume_init() }
+}
+
+fn set_signal_mask(mask: &libc::sigset_t) {
+    // SAFETY: the mask is a set that the kernel made.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
+}
