@@ -1,12 +1,33 @@
-//! trial
-fn main() {
-    println!("ring 3 natively: {}", dune::is_inside());
-    dune::enter().unwrap();
-    println!("in dune: {}", dune::is_inside());
-    let v: Vec<u64> = (0..10_000_000).collect();
-    println!("{}", v.iter().sum::<u64>());
+//! To ring 0 and back: an ordinary program enters Dune mode, catches its own divide by zero
+//! with an exception handler of its own, and leaves again.
+//!
+//! `cargo run -p dune --example hello`; where KVM cannot run ring 0,
+//! `cargo build -p dune --example hello && cargo dune lab -- target/debug/examples/hello`.
+#![expect(unsafe_code, reason = "a division that the compiler does not check")]
+
+use std::arch::asm;
+
+use dune::exceptions::{self, Outcome};
+use dune::vector;
+
+fn main() -> Result<(), dune::EnterError> {
+    println!("before: in Dune mode? {}", dune::is_inside());
+
+    dune::enter()?;
+    println!("inside: in Dune mode? {}", dune::is_inside());
+
+    exceptions::set_handler(vector::DIVIDE, |frame| {
+        println!("divide error at {:#x}: skipped", frame.rip);
+        frame.rip += 2; // the length of `div ecx`
+        frame.rax = 0;
+        Outcome::Resume
+    });
+    let quotient: u64;
+    // SAFETY: the handler skips the instruction and sets rax.
+    unsafe { asm!("div ecx", inout("rax") 1_u64 => quotient, in("ecx") 0, inout("edx") 0 => _) };
+    println!("1 / 0 = {quotient}, says the handler");
+
     dune::leave();
-    println!("left: {}", dune::is_inside());
-    dune::enter().unwrap();
-    println!("in dune: {}", dune::is_inside());
+    println!("after:  in Dune mode? {}", dune::is_inside());
+    Ok(())
 }

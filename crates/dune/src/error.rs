@@ -9,11 +9,12 @@ use dune_kvm::vm::VmError;
 pub enum EnterError {
     /// KVM is there, but cannot run ring 0 natively; or it is not there.
     #[error(
-        "Dune mode needs a KVM that runs ring 0 natively, and {reason}; `dune lab -- CMD` runs the program in the lab instead"
+        "Dune mode needs a KVM that runs ring 0 natively, and /dev/kvm here is {found}; \
+         `dune lab -- PROGRAM` runs a program where there is one"
     )]
     Unusable {
-        /// What the probe found.
-        reason: String,
+        /// What the probe found, with the remedy where there is one.
+        found: String,
     },
     /// KVM refused something.
     #[error(transparent)]

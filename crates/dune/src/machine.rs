@@ -7,6 +7,7 @@
 use core::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use dune_kvm::probe::Kvm;
 use dune_kvm::sys;
 use dune_kvm::vm::Vm;
 use dune_x86::descriptors::Gate;
@@ -46,6 +47,14 @@ impl Machine {
         let _guard = SETTING_UP.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(machine) = MACHINE.get() {
             return Ok(machine);
+        }
+        if !options.skip_probe {
+            let found = &dune_kvm::probe::probe().kvm;
+            if !matches!(found, Kvm::Hardware { .. }) {
+                return Err(EnterError::Unusable {
+                    found: found.to_string(),
+                });
+            }
         }
         crate::host::base::prepare();
         crate::rseq::prepare();

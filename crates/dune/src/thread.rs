@@ -329,14 +329,6 @@ impl ThreadArea {
     pub(crate) fn only_one() -> bool {
         AREA_COUNT.load(Ordering::Acquire) <= 1
     }
-
-    /// How many areas are in use.
-    pub(crate) fn used() -> usize {
-        // SAFETY: areas are never freed; the state is atomic.
-        Self::all()
-            .filter(|a| unsafe { (*a.as_ptr()).state.load(Ordering::Relaxed) } == USED)
-            .count()
-    }
 }
 
 /// Whether an acquired area's vCPU has run before.
