@@ -6,11 +6,22 @@
 #![expect(unsafe_code, reason = "a division that the compiler does not check")]
 
 use std::arch::asm;
+use std::process::ExitCode;
 
 use dune::exceptions::{self, Outcome};
 use dune::vector;
 
-fn main() -> Result<(), dune::EnterError> {
+fn main() -> ExitCode {
+    match there_and_back() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hello: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn there_and_back() -> Result<(), dune::EnterError> {
     println!("before: in Dune mode? {}", dune::is_inside());
 
     dune::enter()?;
