@@ -58,7 +58,7 @@ pub struct LabArgs {
     /// Emulate an Intel CPU (VMX with EPT) by Bochs instead of an AMD one by
     /// QEMU. The guest does not see the host's files: the command's program
     /// and libraries are taken along.
-    #[arg(long, conflicts_with_all = ["cpus", "icount", "share", "cold"])]
+    #[arg(long, conflicts_with_all = ["icount", "share", "cold"])]
     pub intel: bool,
 
     /// With --intel: take this file or folder along (repeatable).

@@ -43,6 +43,9 @@ use crate::wire::{self, GIVEN_FRAMES, Kind, PARALLEL_PORT_OPTION, Request, Root}
 /// otherwise idle machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(300);
 
+/// What Bochs can emulate without changes to the configuration of its APICs.
+const MAX_CPUS: u32 = 8;
+
 /// A guest that is well says so every second of its time, which passes about
 /// as fast as the host's.
 const SILENCE_OF_THE_DEAD: Duration = Duration::from_secs(15);
@@ -65,7 +68,8 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic nokaslr miti
 /// Boots the lab on an emulated Intel CPU, runs `command` there with the files
 /// it needs and those of `with`, and ends it.
 ///
-/// Only `memory_mib`, `kernel` and `verbose` of the configuration can be chosen.
+/// Counting instructions and shared folders are refused. Bochs emulates several
+/// CPUs by turns, so each further one slows all of them down.
 ///
 /// # Errors
 ///
@@ -79,12 +83,18 @@ pub fn run_on_intel(
     output: &mut Output<'_>,
 ) -> Result<Outcome, LabError> {
     let config = config.checked()?;
-    if config.cpus != 1 || config.icount || !config.shares.is_empty() {
+    if config.icount || !config.shares.is_empty() {
         return Err(LabError::Options(
-            "--intel goes with neither --cpus, --icount nor --share: Bochs has one CPU, \
-             counts no instructions and sees no folders; give files with --with"
+            "--intel goes with neither --icount nor --share: Bochs counts no instructions \
+             for the guest's clocks and sees no folders; give files with --with"
                 .to_owned(),
         ));
+    }
+    if config.cpus > MAX_CPUS {
+        return Err(LabError::Options(format!(
+            "--cpus {}: with --intel the lab has 1 to {MAX_CPUS} CPUs",
+            config.cpus
+        )));
     }
     let name = &command.argv[0];
     let Some(program) = find_program(name, &command.cwd) else {
@@ -106,7 +116,7 @@ pub fn run_on_intel(
     let wants_report = config.verbose || std::io::stderr().is_terminal();
     let step = wants_report.then(|| Step::begin("Booting the lab on an emulated Intel CPU"));
     let started = Instant::now();
-    let (machine, frames) = Machine::start(&bochs, &disk, config.memory_mib)?;
+    let (machine, frames) = Machine::start(&bochs, &disk, config.memory_mib, config.cpus)?;
     let mut guest = Guest {
         machine,
         frames: spawn_reader(frames),

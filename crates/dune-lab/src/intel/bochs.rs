@@ -113,6 +113,7 @@ impl Machine {
         bochs: &Bochs,
         disk: &Disk,
         memory_mib: u32,
+        cpus: u32,
     ) -> Result<(Machine, File), LabError> {
         let pipe = |errno: rustix::io::Errno| io_error("make a pipe")(errno.into());
         let (frames, frames_end) = pipe_with(PipeFlags::CLOEXEC).map_err(pipe)?;
@@ -134,7 +135,7 @@ impl Machine {
              memory: guest={memory_mib}, host={memory_mib}\n\
              romimage: file={BIOS}, options=fastboot\n\
              vgaromimage: file={}\n\
-             cpu: model=corei7_skylake_x, count=1, ips={INSTRUCTIONS_PER_SECOND}, \
+             cpu: model=corei7_skylake_x, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
                   reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              clock: sync=none, time0=utc\n\
              com1: enabled=1, mode=file, dev={}\n\
