@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::calls::{Answer, CheckedArgs, Strings};
-use crate::engine::{Engine, EngineError, Trap, UserState};
+use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::host::{Errno, SysResult};
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
@@ -257,6 +257,7 @@ impl Guard {
         user: &mut UserState,
     ) -> Resume {
         let area = UserRange::new(addr, 1).and_then(|_| self.areas.find(addr));
+        let mut fault = fault_context(&trap);
         let mapped = match area {
             Some(area) => {
                 let access = effective(area.attributes.access);
@@ -266,14 +267,223 @@ impl Guard {
                     }
                     return Resume::Continue;
                 }
+                // An engine may have left the page out although it can be
+                // read; Linux would have it there.
+                if !access.is_empty() {
+                    fault.error |= u64::from(PageFaultError::PRESENT.bits());
+                }
                 Mapped::WithoutTheRight
             }
             None => Mapped::Nothing,
         };
-        self.deliver_fault(
-            user,
-            signal_of_page_fault(addr, mapped),
-            fault_context(&trap),
-        )
+        self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use linux_raw_sys::general as nr;
+
+    use super::*;
+    use crate::engine::Access;
+    use crate::engine::mock::{MockEngine, Request};
+    use crate::range::PAGE_SIZE;
+    use crate::signal::{SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};
+    use crate::testing::guard;
+    use crate::vma::Attributes;
+
+    const AT: u64 = 0x2000_0000_0000;
+
+    fn fault(addr: u64, error: PageFaultError) -> Trap {
+        Trap::PageFault {
+            addr,
+            error: error | PageFaultError::USER,
+        }
+    }
+
+    fn with_area(access: Access) -> (Guard, PageRange) {
+        let mut guard = guard();
+        let range = PageRange::new(AT, 4 * PAGE_SIZE).unwrap();
+        guard.areas.map(range, Attributes::anonymous(access));
+        (guard, range)
+    }
+
+    fn call(guard: &mut Guard, nr: u32, args: &[u64]) -> (Resume, u64) {
+        let mut user = UserState::default();
+        user.regs.rax = u64::from(nr);
+        let mut all = [0; 6];
+        all[..args.len()].copy_from_slice(args);
+        let regs = &mut user.regs;
+        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = all;
+        let resume = guard.on_trap(Trap::Syscall, &mut user).unwrap();
+        (resume, user.regs.rax)
+    }
+
+    #[test]
+    fn permitted_faults_are_admitted_with_the_rights_of_their_area() {
+        let rw = Access::READ | Access::WRITE;
+        let range = PageRange::new(AT, 4 * PAGE_SIZE).unwrap();
+        let mock = MockEngine::new();
+        let requests = std::rc::Rc::clone(&mock.requests);
+        let mut guard = Guard::new(Box::new(mock), Signals::new());
+        // Writable alone: x86 makes it readable.
+        guard.areas.map(range, Attributes::anonymous(Access::WRITE));
+        let mut user = UserState::default();
+        for trap in [
+            fault(AT + 5000, PageFaultError::WRITE),
+            fault(AT, PageFaultError::empty()),
+        ] {
+            assert_eq!(guard.on_trap(trap, &mut user).unwrap(), Resume::Continue);
+        }
+        let expected = [
+            Request::Admit(AT + 5000, range, rw),
+            Request::Admit(AT, range, rw),
+        ];
+        assert_eq!(*requests.borrow(), expected);
+    }
+
+    #[test]
+    fn faults_without_a_right_are_fatal() {
+        let mut user = UserState::default();
+        for (access, error, addr) in [
+            (Access::READ, PageFaultError::WRITE, AT),
+            (Access::READ | Access::WRITE, PageFaultError::INSTR, AT),
+            (Access::empty(), PageFaultError::empty(), AT),
+            (Access::all(), PageFaultError::empty(), AT - 1),
+            (Access::all(), PageFaultError::empty(), AT + 4 * PAGE_SIZE),
+            (Access::all(), PageFaultError::empty(), 0),
+            (Access::all(), PageFaultError::empty(), u64::MAX),
+        ] {
+            let (mut guard, _) = with_area(access);
+            let resume = guard.on_trap(fault(addr, error), &mut user).unwrap();
+            assert_eq!(
+                resume,
+                Resume::Killed(SIGSEGV),
+                "{access:?} {error:?} {addr:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn exceptions_are_the_signals_of_linux() {
+        let mut user = UserState::default();
+        for (vector, signal) in [
+            (0, SIGFPE),
+            (1, SIGTRAP),
+            (3, SIGTRAP),
+            (4, SIGSEGV),
+            (5, SIGSEGV),
+            (6, SIGILL),
+            (11, SIGBUS),
+            (12, SIGBUS),
+            (13, SIGSEGV),
+            (16, SIGFPE),
+            (17, SIGBUS),
+            (19, SIGFPE),
+        ] {
+            let trap = Trap::Exception {
+                vector,
+                error: 0,
+                dr6: 0,
+            };
+            let resume = guard().on_trap(trap, &mut user).unwrap();
+            assert_eq!(resume, Resume::Killed(signal), "vector {vector}");
+        }
+        let trap = Trap::HostFault {
+            addr: AT,
+            error: PageFaultError::USER,
+        };
+        assert_eq!(
+            guard().on_trap(trap, &mut user).unwrap(),
+            Resume::Killed(SIGBUS)
+        );
+    }
+
+    #[test]
+    fn missing_calls_are_refused_and_counted() {
+        let mut guard = guard();
+        for number in [nr::__NR_fork, nr::__NR_fork, 400, u32::MAX] {
+            let (resume, rax) = call(&mut guard, number, &[]);
+            assert_eq!((resume, rax), (Resume::Continue, Errno::ENOSYS.as_rax()));
+        }
+        // Refused on purpose: nothing to warn of.
+        assert_eq!(
+            call(&mut guard, nr::__NR_rseq, &[]).1,
+            Errno::ENOSYS.as_rax()
+        );
+        assert_eq!(
+            call(&mut guard, nr::__NR_ptrace, &[]).1,
+            Errno::EPERM.as_rax()
+        );
+        let missing: Vec<MissingCall> = guard.missing_calls().collect();
+        assert_eq!(
+            missing,
+            [
+                MissingCall {
+                    nr: nr::__NR_fork,
+                    name: Some("fork"),
+                    count: 2
+                },
+                MissingCall {
+                    nr: 400,
+                    name: None,
+                    count: 1
+                },
+                MissingCall {
+                    nr: u32::MAX,
+                    name: None,
+                    count: 1
+                },
+            ]
+        );
+    }
+
+    #[test]
+    fn numbers_of_missing_calls_do_not_fill_memory() {
+        let mut guard = guard();
+        for number in 1_000..10_000 {
+            call(&mut guard, number, &[]);
+        }
+        assert!(guard.missing_calls().count() <= 1024);
+    }
+
+    #[test]
+    fn exit_ends_with_the_low_byte() {
+        assert_eq!(
+            call(&mut guard(), nr::__NR_exit_group, &[0x1_07]).0,
+            Resume::Exit(7)
+        );
+    }
+
+    #[test]
+    fn rights_are_revoked_before_the_host_changes_and_given_at_the_next_fault() {
+        let mock = MockEngine::new();
+        let requests = std::rc::Rc::clone(&mock.requests);
+        let mut guard = Guard::new(Box::new(mock), Signals::new());
+        guard.space.mmap_top = 0x2100_0000_0000;
+        let flags = u64::from(nr::MAP_PRIVATE | nr::MAP_ANONYMOUS);
+        let len = 4 * PAGE_SIZE;
+        let (_, at) = call(&mut guard, nr::__NR_mmap, &[0, len, 3, flags, u64::MAX]);
+        assert_eq!(at, 0x2100_0000_0000 - len);
+        assert!(guard.areas.find(at).is_some());
+        assert_eq!(
+            call(&mut guard, nr::__NR_mprotect, &[at, PAGE_SIZE, 1]).1,
+            0
+        );
+        assert_eq!(
+            guard.areas.find(at).unwrap().attributes.access,
+            Access::READ
+        );
+        assert_eq!(guard.memory().write(at, b"x"), Err(Errno::EFAULT));
+        assert_eq!(guard.memory().write(at + PAGE_SIZE, b"x"), Ok(()));
+        assert_eq!(call(&mut guard, nr::__NR_munmap, &[at, len]).1, 0);
+        let range = |len| PageRange::new(at, len).unwrap();
+        let expected = [
+            Request::Revoke(range(PAGE_SIZE)),
+            Request::Revoke(range(len)),
+        ];
+        assert_eq!(*requests.borrow(), expected);
+        assert!(guard.areas.find(at).is_none());
+        assert_eq!(guard.areas.bytes(), 0);
     }
 }

@@ -45,6 +45,16 @@ enum Expected {
 
 type Attack = fn(&Target);
 
+/// An attack by one instruction.
+macro_rules! instruction {
+    ($text:literal) => {
+        |_| {
+            // SAFETY: it does nothing but end the program, or the test fails.
+            unsafe { asm!($text) }
+        }
+    };
+}
+
 fn attacks() -> Vec<(&'static str, Attack, Expected)> {
     use Expected::{Killed, KilledByGate, Refused};
     let segv = Killed(SIGSEGV as i32);
@@ -85,31 +95,16 @@ fn attacks() -> Vec<(&'static str, Attack, Expected)> {
             sigreturn_bad_state,
             segv,
         ),
-        // SAFETY: none of these does anything but end the program.
-        ("halt", |_| unsafe { asm!("hlt") }, segv),
-        // SAFETY: as above.
-        ("interrupts_off", |_| unsafe { asm!("cli") }, segv),
-        // SAFETY: as above.
-        ("port_output", |_| unsafe { asm!("out 0x80, al") }, segv),
-        // SAFETY: as above.
-        ("port_input", |_| unsafe { asm!("in al, 0x60") }, segv),
+        ("halt", instruction!("hlt"), segv),
+        ("interrupts_off", instruction!("cli"), segv),
+        ("port_output", instruction!("out 0x80, al"), segv),
+        ("port_input", instruction!("in al, 0x60"), segv),
         ("control_registers", |_| control_register(), segv),
-        // SAFETY: as above.
-        (
-            "model_specific_registers",
-            |_| unsafe { asm!("wrmsr") },
-            segv,
-        ),
-        // SAFETY: as above.
-        (
-            "legacy_system_call",
-            |_| unsafe { asm!("int 0x80") },
-            KilledByGate,
-        ),
-        // SAFETY: as above.
+        ("model_specific_registers", instruction!("wrmsr"), segv),
+        ("legacy_system_call", instruction!("int 0x80"), KilledByGate),
         (
             "interrupt_to_a_stub",
-            |_| unsafe { asm!("int 0x0e") },
+            instruction!("int 0x0e"),
             KilledByGate,
         ),
         ("kernel_segment", |_| kernel_segment(), segv),

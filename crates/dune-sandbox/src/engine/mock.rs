@@ -2,8 +2,10 @@
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
+use std::rc::Rc;
 
 use super::{Access, Engine, EngineError, Trap, UserState};
 use crate::range::PageRange;
@@ -25,8 +27,9 @@ pub enum Request {
 pub struct MockEngine {
     /// Traps still to come, each with the state it leaves, first one first.
     pub script: VecDeque<(UserState, Trap)>,
-    /// What was asked so far.
-    pub requests: Vec<Request>,
+    /// What was asked so far; shared, so that a test sees it while the guard
+    /// has the engine.
+    pub requests: Rc<RefCell<Vec<Request>>>,
     /// The extended state.
     pub xstate: Vec<u8>,
     kick: Box<AtomicU8>,
@@ -44,7 +47,7 @@ impl MockEngine {
     pub fn new() -> Self {
         let mut mock = Self {
             script: VecDeque::new(),
-            requests: Vec::new(),
+            requests: Rc::default(),
             xstate: vec![0; XSTATE_LEN],
             kick: Box::new(AtomicU8::new(0)),
         };
@@ -75,12 +78,14 @@ impl Engine for MockEngine {
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
-        self.requests.push(Request::Admit(addr, area, access));
+        self.requests
+            .borrow_mut()
+            .push(Request::Admit(addr, area, access));
         Ok(())
     }
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
-        self.requests.push(Request::Revoke(range));
+        self.requests.borrow_mut().push(Request::Revoke(range));
         Ok(())
     }
 
