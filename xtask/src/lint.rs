@@ -40,7 +40,13 @@ pub(crate) fn run(args: &LintArgs) -> Result<ExitCode> {
             None,
         ),
         (
-            &["doc", "--workspace", "--no-deps", "--quiet"][..],
+            &[
+                "doc",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+                "--quiet",
+            ][..],
             Some(("RUSTDOCFLAGS", "-D warnings")),
         ),
     ] {
