@@ -22,6 +22,14 @@ pub(crate) fn single_linux(bench: &Bench, row: &mut Row) {
 
 pub(crate) fn single_dune(bench: &Bench, row: &mut Row) {
     row.add(DUNE, single(bench));
+    note_difference(row);
+}
+
+/// What is left when Linux's own work is taken away.
+fn note_difference(row: &mut Row) {
+    if let (Some(linux), Some(dune)) = (row.median(LINUX), row.median(DUNE)) {
+        row.note(format!("Dune adds {:.0} to what Linux needs", dune - linux));
+    }
 }
 
 pub(crate) fn batched_linux(bench: &Bench, row: &mut Row) {
@@ -33,6 +41,10 @@ pub(crate) fn batched_linux(bench: &Bench, row: &mut Row) {
 pub(crate) fn batched_dune(bench: &Bench, row: &mut Row) {
     row.add(DUNE, huge(bench));
     row.add("dune-populate", populated(bench));
+    note_difference(row);
+    row.note(
+        "a kernel that is set to zero what it allocates (init_on_alloc) zeroes a page of 2 MiB twice",
+    );
 }
 
 /// Pages of 4 KiB, one after the other.

@@ -169,11 +169,26 @@ const CROSSINGS: &[Crossing] = &[
         dune: Way::None,
     },
     Crossing {
+        id: "clear-page",
+        label: "REP STOSB over 4 KiB: contained in every first touch",
+        aim: None,
+        linux: Some(floors::clear_page),
+        dune: Way::None,
+    },
+    Crossing {
         id: "meter",
         label: "an operation that does nothing: contained in every figure",
         aim: None,
         linux: Some(floors::nothing),
         dune: Way::Inside(floors::nothing_dune),
+    },
+    // Last: from its second thread on, a process has more than one virtual CPU.
+    Crossing {
+        id: "protect-fault-threads",
+        label: "as protect-fault, beside another thread (in Dune mode, waiting)",
+        aim: None,
+        linux: Some(protect_fault::linux_beside_thread),
+        dune: Way::Inside(protect_fault::dune_beside_thread),
     },
 ];
 

@@ -7,14 +7,17 @@
 
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread;
 
 use dune::exceptions::{self, Outcome};
-use dune::memory::{Change, PageSize, ProcessTables, PteFlags, Tlb, VirtRange};
+use dune::memory::{AddressSpace, Change, PageSize, ProcessTables, PteFlags, Tlb, VirtRange};
 use dune::{TrapFrame, vector};
 use dune_x86::addr::GuestVirt;
 
 use super::Bench;
 use super::signal::Installed;
+use crate::meter::Figure;
 use crate::report::{DUNE, LINUX, Row};
 
 const BATCH: u32 = 64;
@@ -39,6 +42,53 @@ fn protect(page: *mut u8, rights: libc::c_int) {
 }
 
 pub(crate) fn linux(bench: &Bench, row: &mut Row) {
+    match measure_linux(bench) {
+        Some(figure) => row.add(LINUX, figure),
+        None => row.note("no figure for Linux: not every write faulted"),
+    }
+}
+
+pub(crate) fn linux_beside_thread(bench: &Bench, row: &mut Row) {
+    beside_thread(|| linux(bench, row));
+}
+
+pub(crate) fn dune(bench: &Bench, row: &mut Row) {
+    match measure_dune(bench) {
+        Ok(figure) => row.add(DUNE, figure),
+        Err(reason) => return row.set_missing(reason),
+    }
+    // An address space is one more place that translations may be kept for.
+    if let Ok(space) = AddressSpace::empty() {
+        if let Ok(figure) = measure_dune(bench) {
+            row.add("dune-beside-space", figure);
+        }
+        drop(space);
+    }
+}
+
+pub(crate) fn dune_beside_thread(bench: &Bench, row: &mut Row) {
+    beside_thread(|| match measure_dune(bench) {
+        Ok(figure) => row.add(DUNE, figure),
+        Err(reason) => row.set_missing(reason),
+    });
+}
+
+/// Does something while another thread exists, and waits.
+fn beside_thread(body: impl FnOnce()) {
+    let (end, wait) = mpsc::channel::<()>();
+    let (ready, started) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        // Nobody is left to tell when these fail.
+        let _ = ready.send(());
+        let _ = wait.recv();
+    });
+    let _ = started.recv();
+    body();
+    drop(end);
+    let _ = thread.join();
+}
+
+fn measure_linux(bench: &Bench) -> Option<Figure> {
     let page = Page::new();
     let handler = Installed::new(libc::SIGSEGV, on_signal);
     FAULTS.store(0, Ordering::Relaxed);
@@ -49,11 +99,7 @@ pub(crate) fn linux(bench: &Bench, row: &mut Row) {
         writes += 1;
     });
     drop(handler);
-    if FAULTS.load(Ordering::Relaxed) == writes {
-        row.add(LINUX, figure);
-    } else {
-        row.note("no figure for Linux: not every write faulted");
-    }
+    (FAULTS.load(Ordering::Relaxed) == writes).then_some(figure)
 }
 
 fn on_fault(frame: &mut TrapFrame) -> Outcome {
@@ -78,20 +124,19 @@ fn on_fault(frame: &mut TrapFrame) -> Outcome {
     }
 }
 
-pub(crate) fn dune(bench: &Bench, row: &mut Row) {
+fn measure_dune(bench: &Bench) -> Result<Figure, String> {
     let page = Page::new();
-    page.write();
     let address = GuestVirt::new_truncate(page.0 as u64);
     let tlb = Tlb::of_process();
     let Some(tables) = ProcessTables::get() else {
-        return row.set_missing("the process has no page tables of its own");
+        return Err("the process has no page tables of its own".to_owned());
     };
     match tables.split(
         VirtRange::page(address, PageSize::Size4KiB),
         PageSize::Size4KiB,
     ) {
         Ok(flush) => flush.apply(&tlb),
-        Err(error) => return row.set_missing(error.to_string()),
+        Err(error) => return Err(error.to_string()),
     }
     let before = exceptions::set_handler(vector::PAGE_FAULT, on_fault);
     FAULTS.store(0, Ordering::Relaxed);
@@ -111,9 +156,9 @@ pub(crate) fn dune(bench: &Bench, row: &mut Row) {
         None => exceptions::clear_handler(vector::PAGE_FAULT),
     };
     if writes > 0 && FAULTS.load(Ordering::Relaxed) == writes {
-        row.add(DUNE, figure);
+        Ok(figure)
     } else {
-        row.set_missing("not every write faulted");
+        Err("not every write faulted".to_owned())
     }
 }
 
