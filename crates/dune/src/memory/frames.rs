@@ -47,13 +47,51 @@ impl FrameArena {
         // SAFETY: zeroed memory of that many words, never unmapped.
         let words = unsafe { core::slice::from_raw_parts(words, FRAMES) };
         let guest = vm.windows().to_guest(base).unwrap_or(0);
+        ARENA.set(guest, length as u64, base);
         FramePool::new(GuestPhys::new(guest), PageSize::Size4KiB, words)
             .map(|pool| Self { pool })
             .map_err(|_| EnterError::Memory(sys::Errno::ENOMEM))
     }
 }
 
-/// The process's page tables as memory: by guest physical address, through the windows.
+/// A run of tables that is contiguous in guest physical and in host virtual memory, so that
+/// reaching one of them is an addition. Set once, before there is a vCPU.
+struct Run {
+    guest: AtomicU64,
+    bytes: AtomicU64,
+    host: AtomicU64,
+}
+
+impl Run {
+    const fn new() -> Self {
+        Self { guest: AtomicU64::new(0), bytes: AtomicU64::new(0), host: AtomicU64::new(0) }
+    }
+
+    fn set(&self, guest: u64, bytes: u64, host: u64) {
+        self.guest.store(guest, Ordering::Relaxed);
+        self.host.store(host, Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn host(&self, table: u64) -> Option<u64> {
+        let offset = table.wrapping_sub(self.guest.load(Ordering::Relaxed));
+        (offset < self.bytes.load(Ordering::Relaxed))
+            .then(|| self.host.load(Ordering::Relaxed) + offset)
+    }
+}
+
+/// The arena of frames.
+static ARENA: Run = Run::new();
+/// The upper levels of the process's own tables.
+static IDENTITY: Run = Run::new();
+
+/// Says where the upper levels of the process's own tables are.
+pub(crate) fn set_identity_run(guest: u64, bytes: u64, host: u64) {
+    IDENTITY.set(guest, bytes, host);
+}
+
+/// The process's page tables as memory: by guest physical address.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tables(());
 
@@ -64,10 +102,22 @@ impl Tables {
 
     #[inline]
     fn entry(table: GuestPhys, index: usize) -> Option<&'static AtomicU64> {
-        let host = Machine::get()?.vm().windows().to_host(table.as_u64())?;
+        let table = table.as_u64();
+        let host = match ARENA.host(table).or_else(|| IDENTITY.host(table)) {
+            Some(host) => host,
+            None => Self::elsewhere(table)?,
+        };
         // SAFETY: only tables are ever asked for: frames of the arena or of the identity
         // tables, which are never unmapped, and have 512 entries.
         Some(unsafe { &*(host as *const AtomicU64).add(index & (ENTRIES - 1)) })
+    }
+}
+
+impl Tables {
+    /// Page directories of windows, on a CPU without pages of 1 GiB.
+    #[cold]
+    fn elsewhere(table: u64) -> Option<u64> {
+        Machine::get()?.vm().windows().to_host(table)
     }
 }
 

@@ -86,6 +86,7 @@ impl IdentityTables {
             tables.top()[index].store(table | TABLE | USER, Ordering::Relaxed);
             tables.top()[HALF + index].store(table | TABLE, Ordering::Relaxed);
         }
+        crate::memory::set_identity_run(tables.root, length as u64, base);
         tables.cover(vm, base, length as u64)?;
         // The first window was made before there were tables to show it in.
         tables.show(vm, base, physical(base & !(WINDOW_SIZE - 1)))?;
