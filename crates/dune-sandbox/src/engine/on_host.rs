@@ -58,7 +58,7 @@ use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
 use dune_x86::trap::vector;
 use kvm_bindings::kvm_regs;
 
-use self::arenas::{Handle, Memory, Short};
+use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{Frame, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Machine};
 use super::{Access, Engine, EngineError, PageFaultError, Trap, UserRegs, UserState};
@@ -418,12 +418,11 @@ impl OnHost {
         unsafe { at.as_ptr().read_volatile() }
     }
 
-    /// Maps `range`, whose pages have window addresses, a GiB at a time.
+    /// Maps `range`, a window at a time.
     fn map(&self, range: PageRange, flags: PteFlags) -> Result<(), EngineError> {
-        const GIB: u64 = 1 << 30;
         let mut start = range.start();
         while start < range.end() {
-            let end = range.end().min((start | (GIB - 1)) + 1);
+            let end = range.end().min((start | (WINDOW - 1)) + 1);
             let gpa = self.memory.window(start).map_err(refused)?;
             self.map_piece(virt_range(start, end), GuestPhys::new_truncate(gpa), flags)?;
             start = end;
