@@ -59,7 +59,7 @@ pub const LOOP_LIMIT: Duration = Duration::from_micros(3_000);
 pub const LOOP_ITERATIONS: u32 = 10_000;
 
 /// How many times the loop may be tried before it counts as slow.
-pub const LOOP_ATTEMPTS: u32 = 3;
+pub const LOOP_ATTEMPTS: u32 = 5;
 
 /// The hardware extension under a KVM that runs ring 0 natively.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
