@@ -210,45 +210,70 @@ impl Vm {
     }
 
     /// Makes sure that a window covers `host`, and returns the guest physical address of
-    /// `host`'s GiB and whether the window is new (the caller then maps it in its page
-    /// tables).
+    /// `host`'s GiB and whether the window is new.
     ///
     /// # Errors
     /// [`VmError::Full`] when guest physical space is used up; [`VmError::Request`].
     pub fn ensure_window(&self, host: u64) -> Result<(u64, Fresh), VmError> {
-        loop {
+        self.ensure_window_with(host, |_| Ok(()))
+    }
+
+    /// The same. `show` enters a new window, whose guest physical address it is given, into
+    /// the page tables: before any other thread can find the window, so that a window that
+    /// is found can be used. It must not ask for windows itself.
+    ///
+    /// # Errors
+    /// As [`ensure_window`](Self::ensure_window), and those of `show`; then there is no
+    /// window.
+    pub fn ensure_window_with<E: From<VmError>>(
+        &self,
+        host: u64,
+        show: impl FnOnce(u64) -> Result<(), E>,
+    ) -> Result<(u64, Fresh), E> {
+        let frame = loop {
             match self.windows.claim(host) {
                 Claim::Present(frame) => return Ok((u64::from(frame) << WINDOW_SHIFT, Fresh::No)),
                 Claim::Busy => sys::sched_yield(),
                 Claim::Full => {
-                    return Err(VmError::Full {
+                    return Err(E::from(VmError::Full {
                         address: host,
                         windows: self.windows.capacity(),
-                    });
+                    }));
                 }
-                Claim::Mine(frame) => {
-                    if let Err(errno) = self.set_slot(frame, host, WINDOW_SIZE) {
-                        self.windows.abandon(host, frame);
-                        return Err(VmError::Request {
-                            request: "KVM_SET_USER_MEMORY_REGION",
-                            errno,
-                        });
-                    }
-                    self.windows.publish(host, frame);
-                    return Ok((u64::from(frame) << WINDOW_SHIFT, Fresh::Yes));
-                }
+                Claim::Mine(frame) => break frame,
             }
+        };
+        let guest = u64::from(frame) << WINDOW_SHIFT;
+        if let Err(errno) = self.set_slot(frame, host, WINDOW_SIZE) {
+            self.windows.abandon(host, frame);
+            return Err(E::from(VmError::Request {
+                request: "KVM_SET_USER_MEMORY_REGION",
+                errno,
+            }));
         }
+        if let Err(error) = show(guest) {
+            let _ = self.set_slot(frame, host, 0);
+            self.windows.abandon(host, frame);
+            return Err(error);
+        }
+        self.windows.publish(host, frame);
+        Ok((guest, Fresh::Yes))
     }
 
-    /// Gives back the window at `host` if there is one. The caller has taken it out of every
-    /// page table; KVM flushes what CPUs remember of it.
-    pub fn release_window(&self, host: u64) {
+    /// Gives back the window at `host` if there is one. `hide` takes it out of the page
+    /// tables; by then no translation finds it any more, and a thread that touches the
+    /// memory waits in [`ensure_window`](Self::ensure_window). KVM flushes what CPUs
+    /// remember of it.
+    ///
+    /// Removing a slot makes KVM (Linux 6.1) forget the second-level entries of all of them,
+    /// so do it seldom, and to many at a time.
+    pub fn release_window(&self, host: u64, hide: impl FnOnce()) {
         let Some(guest) = self.windows.to_guest(host) else {
             return;
         };
         let frame = (guest >> WINDOW_SHIFT) as u16;
         if self.windows.begin_release(host, frame) {
+            hide();
             let _ = self.set_slot(frame, host, 0);
             self.windows.abandon(host, frame);
         }

@@ -18,7 +18,7 @@ pub enum EnterError {
     },
     /// KVM refused something.
     #[error(transparent)]
-    Platform(VmError),
+    Platform(#[from] VmError),
     /// No memory for the runtime's own structures.
     #[error(
         "no memory for a thread's stacks or for page tables ({0}); is a limit set (ulimit -v)?"
@@ -27,6 +27,12 @@ pub enum EnterError {
     /// The process's own memory map could not be read.
     #[error("cannot read /proc/self/maps ({0}); is /proc mounted?")]
     Maps(std::io::Error),
+    /// The thread runs a signal handler on its alternate stack.
+    #[error(
+        "Dune mode cannot be entered on an alternate signal stack; enter before, or from a \
+         handler installed without SA_ONSTACK"
+    )]
+    OnAlternateStack,
     /// As many threads are in Dune mode as there can be.
     #[error("{limit} threads are in Dune mode already, and there can be no more")]
     TooManyThreads {

@@ -9,12 +9,14 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use dune_kvm::probe::Kvm;
 use dune_kvm::sys;
-use dune_kvm::vm::Vm;
+use dune_kvm::vm::{Vm, VmError};
+use dune_kvm::windows::WINDOW_SHIFT;
 use dune_x86::descriptors::Gate;
 use dune_x86::trap::vector;
 
 use crate::arch;
 use crate::error::EnterError;
+use crate::maps;
 use crate::memory::FrameArena;
 use crate::memory::identity::{IdentityTables, high};
 use crate::options::Options;
@@ -161,20 +163,85 @@ impl Machine {
     }
 
     /// Makes sure that the guest reaches `length` bytes at `start`. Either side; no
-    /// allocation, no lock.
+    /// allocation, no lock. Where guest physical space is used up, windows over memory that
+    /// is gone are used again.
     pub(crate) fn cover(&self, start: u64, length: u64) -> Result<(), EnterError> {
-        self.tables.cover(&self.vm, start, length)
+        match self.tables.cover(&self.vm, start, length) {
+            Err(EnterError::Platform(VmError::Full { .. })) if self.reclaim() > 0 => {
+                self.tables.cover(&self.vm, start, length)
+            }
+            result => result,
+        }
     }
 
-    /// Whether this process is the one that the VM belongs to.
-    pub(crate) fn is_ours(&self) -> bool {
-        self.owner.load(Ordering::Relaxed) == sys::getpid()
+    /// Gives back every window in which nothing is mapped that could be accessed; returns
+    /// how many.
+    fn reclaim(&self) -> usize {
+        const MOST_FRAMES: usize = 1 << 15;
+        let mut live = [0_u64; MOST_FRAMES / 64];
+        let windows = self.vm.windows();
+        let complete = maps::read(|mapping| {
+            let first = mapping.start >> WINDOW_SHIFT;
+            let last = (mapping.end - 1).min((1 << 47) - 1) >> WINDOW_SHIFT;
+            for chunk in (first..=last).filter(|_| !mapping.rights.is_empty()) {
+                if let Some(guest) = windows.to_guest(chunk << WINDOW_SHIFT) {
+                    let frame = (guest >> WINDOW_SHIFT) as usize;
+                    if let Some(word) = live.get_mut(frame / 64) {
+                        *word |= 1 << (frame % 64);
+                    }
+                }
+            }
+            true
+        });
+        if !complete {
+            return 0;
+        }
+        let mut released = 0;
+        for (host, frame) in windows.iter() {
+            let frame = usize::from(frame);
+            let is_live = live
+                .get(frame / 64)
+                .is_none_or(|word| word >> (frame % 64) & 1 == 1);
+            if !is_live {
+                self.vm.release_window(host, || self.tables.hide(host));
+                released += 1;
+            }
+        }
+        released
+    }
+
+    /// In a child that was forked natively: makes the VM this process's own, once, whichever
+    /// of its threads comes first.
+    pub(crate) fn make_ours(&self) -> Result<(), EnterError> {
+        let process = sys::getpid();
+        loop {
+            let owner = self.owner.load(Ordering::Acquire);
+            if owner == process {
+                return Ok(());
+            }
+            // Negative while a thread of that process is at it.
+            if owner == -process {
+                sys::sched_yield();
+                continue;
+            }
+            let claimed = self.owner.compare_exchange(
+                owner,
+                -process,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            if claimed.is_ok() {
+                return self
+                    .renew()
+                    .inspect_err(|_| self.owner.store(owner, Ordering::Release));
+            }
+        }
     }
 
     /// In the child of a `fork`: a VM for this process. See [`Vm::renew`].
     pub(crate) fn renew(&self) -> Result<(), EnterError> {
         for area in crate::thread::ThreadArea::all() {
-            // SAFETY: this is the only thread of the new process.
+            // SAFETY: no other thread of the new process is in Dune mode.
             let area = unsafe { &mut *area.as_ptr() };
             if let Some(vcpu) = area.vcpu.take() {
                 vcpu.close_inherited();
@@ -182,7 +249,7 @@ impl Machine {
             area.state.store(crate::thread::FREE, Ordering::Relaxed);
         }
         self.vm.renew().map_err(EnterError::Platform)?;
-        self.owner.store(sys::getpid(), Ordering::Relaxed);
+        self.owner.store(sys::getpid(), Ordering::Release);
         Ok(())
     }
 }
@@ -221,4 +288,11 @@ pub fn descriptors() -> Vec<i32> {
 #[must_use]
 pub fn extended_features() -> Option<(u64, usize)> {
     Machine::get().map(|machine| (machine.xcr0(), machine.xsave_size() as usize))
+}
+
+/// How many windows of 1 GiB of the process's memory the guest has now; 0 before the first
+/// entry. Each is one memory slot of KVM.
+#[must_use]
+pub fn windows() -> usize {
+    Machine::get().map_or(0, |machine| machine.vm().windows().len())
 }

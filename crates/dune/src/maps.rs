@@ -17,20 +17,41 @@ bitflags::bitflags! {
 /// The rights of the mapping that holds `address`; `None` where nothing is mapped or the map
 /// cannot be read.
 pub(crate) fn rights(address: u64) -> Option<Rights> {
+    let mut found = None;
+    read(|mapping| {
+        if mapping.start <= address && address < mapping.end {
+            found = Some(mapping.rights);
+        }
+        found.is_none() && mapping.start <= address
+    });
+    found
+}
+
+/// One mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) rights: Rights,
+}
+
+/// Shows every mapping in ascending order, until `visit` says `false`. Whether the map was
+/// read to its end, or as far as was wanted.
+pub(crate) fn read(mut visit: impl FnMut(Mapping) -> bool) -> bool {
     const AT_FDCWD: usize = -100_isize as usize;
     const O_CLOEXEC: usize = 0o2_000_000;
     let path = c"/proc/self/maps";
     // SAFETY: the path is a terminated string.
-    let fd = unsafe {
+    let opened = unsafe {
         sys::call(
             nr::OPENAT,
             [AT_FDCWD, path.as_ptr() as usize, O_CLOEXEC, 0, 0, 0],
         )
-    }
-    .ok()?;
-    let mut scan = Scan::new(address);
+    };
+    let Ok(fd) = opened else { return false };
+    let mut scan = Scan::new();
     let mut buffer = [0_u8; 2048];
-    let found = loop {
+    let complete = loop {
         // SAFETY: the kernel writes at most the length of the buffer.
         let read = unsafe {
             sys::call(
@@ -39,25 +60,25 @@ pub(crate) fn rights(address: u64) -> Option<Rights> {
             )
         };
         match read {
-            Ok(length) if length > 0 => {
-                if let Some(answer) = buffer.get(..length).and_then(|b| scan.feed(b)) {
-                    break answer;
+            Ok(0) => break true,
+            Ok(length) => {
+                let text = buffer.get(..length).unwrap_or(&[]);
+                if !scan.feed(text, &mut visit) {
+                    break true;
                 }
             }
-            _ => break None,
+            Err(sys::Errno::EINTR) => {}
+            Err(_) => break false,
         }
     };
     sys::close(fd as i32);
-    found
+    complete
 }
 
 /// A scanner of the map's text that may be fed in any pieces.
 struct Scan {
-    wanted: u64,
     field: Field,
-    start: u64,
-    end: u64,
-    rights: Rights,
+    mapping: Mapping,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,50 +90,48 @@ enum Field {
 }
 
 impl Scan {
-    fn new(wanted: u64) -> Self {
-        Self {
-            wanted,
-            field: Field::Start,
+    const fn new() -> Self {
+        let mapping = Mapping {
             start: 0,
             end: 0,
             rights: Rights::empty(),
+        };
+        Self {
+            field: Field::Start,
+            mapping,
         }
     }
 
-    /// `Some` as soon as the answer is known.
-    fn feed(&mut self, text: &[u8]) -> Option<Option<Rights>> {
+    /// `false` as soon as `visit` says so.
+    fn feed(&mut self, text: &[u8], visit: &mut impl FnMut(Mapping) -> bool) -> bool {
         for byte in text {
+            let mapping = &mut self.mapping;
             match (self.field, byte) {
-                (_, b'\n') => *self = Self::new(self.wanted),
+                (_, b'\n') => *self = Self::new(),
                 (Field::Start, b'-') => self.field = Field::End,
-                (Field::End, b' ') => {
-                    if self.start > self.wanted {
-                        return Some(None);
-                    }
-                    self.field = if self.wanted < self.end {
-                        Field::Rights(0)
-                    } else {
-                        Field::Rest
-                    };
-                }
-                (Field::Start, digit) => self.start = self.start << 4 | hexadecimal(*digit),
-                (Field::End, digit) => self.end = self.end << 4 | hexadecimal(*digit),
+                (Field::End, b' ') => self.field = Field::Rights(0),
+                (Field::Start, digit) => mapping.start = mapping.start << 4 | hexadecimal(*digit),
+                (Field::End, digit) => mapping.end = mapping.end << 4 | hexadecimal(*digit),
                 (Field::Rights(at), letter) => {
-                    self.rights |= match letter {
+                    mapping.rights |= match letter {
                         b'r' => Rights::READ,
                         b'w' => Rights::WRITE,
                         b'x' => Rights::EXECUTE,
                         _ => Rights::empty(),
                     };
-                    if at == 2 {
-                        return Some(Some(self.rights));
+                    self.field = if at < 2 {
+                        Field::Rights(at + 1)
+                    } else {
+                        Field::Rest
+                    };
+                    if at == 2 && !visit(self.mapping) {
+                        return false;
                     }
-                    self.field = Field::Rights(at + 1);
                 }
                 (Field::Rest, _) => {}
             }
         }
-        None
+        true
     }
 }
 

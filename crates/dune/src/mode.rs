@@ -13,20 +13,35 @@ use crate::host::base;
 use crate::machine::Machine;
 use crate::options::Options;
 use crate::signals::{AltStack, MASK_SET, SS_AUTODISARM, SS_ONSTACK};
-use crate::thread::{Age, ThreadArea};
+use crate::thread::ThreadArea;
 
 thread_local! {
-    /// The area of a thread that has entered; given back when the thread ends.
-    static OWN: Own = const { Own(Cell::new(ptr::null_mut())) };
+    /// The area of a thread that has left, kept for its next entry; given back when the
+    /// thread ends.
+    static OWN: Own = const { Own(Cell::new((ptr::null_mut(), 0))) };
 }
 
-struct Own(Cell<*mut ThreadArea>);
+/// An area, and the process in which it is the thread's: a natively forked child finds a
+/// copy of its parent's variable here.
+struct Own(Cell<(*mut ThreadArea, i32)>);
+
+impl Own {
+    fn get(&self) -> Option<*mut ThreadArea> {
+        let (area, process) = self.0.get();
+        (!area.is_null() && process == sys::getpid()).then_some(area)
+    }
+
+    fn set(&self, area: *mut ThreadArea) {
+        self.0.set((area, sys::getpid()));
+    }
+}
 
 impl Drop for Own {
     fn drop(&mut self) {
-        let area = self.0.get();
         // In Dune mode the end of the thread does it.
-        if !area.is_null() && !is_inside() {
+        if !is_inside()
+            && let Some(area) = self.get()
+        {
             ThreadArea::release(area);
         }
     }
@@ -61,11 +76,11 @@ pub fn enter_with(options: &Options) -> Result<(), EnterError> {
     if is_inside() {
         return Ok(());
     }
-    let machine = Machine::get_or_create(options)?;
-    if !machine.is_ours() {
-        machine.renew()?;
-        OWN.with(|own| own.0.set(ptr::null_mut()));
+    if native_alternate_stack().flags & SS_ONSTACK != 0 {
+        return Err(EnterError::OnAlternateStack);
     }
+    let machine = Machine::get_or_create(options)?;
+    machine.make_ours()?;
     let area = own_area(machine)?;
     // SAFETY: the area is this thread's; nothing else looks at it.
     let this = unsafe { &mut *area };
@@ -77,32 +92,29 @@ pub fn enter_with(options: &Options) -> Result<(), EnterError> {
 }
 
 fn own_area(machine: &Machine) -> Result<*mut ThreadArea, EnterError> {
-    OWN.with(|own| {
-        let area = own.0.get();
-        if !area.is_null() {
-            return Ok(area);
-        }
-        let (area, age) = ThreadArea::acquire(machine)?;
-        // SAFETY: the area is this thread's from here on.
-        let this = unsafe { &mut *area.as_ptr() };
-        let _ = age == Age::Used;
-        let registers = kvm_bindings::kvm_regs {
-            rip: arch::address(arch::dune_guest_resume),
-            rflags: RING0_FLAGS & !dune_x86::descriptors::RFLAGS_IF,
-            ..Default::default()
-        };
-        this.fs_base = fs_base();
-        this.restart_at(machine, &registers)
-            .inspect_err(|_| ThreadArea::release(area.as_ptr()))?;
-        this.pid = sys::getpid() as u32;
-        this.tid = sys::gettid() as u32;
-        this.pending.store(0, Ordering::Relaxed);
-        this.freed_by_parent = false;
-        this.depth = 0;
-        this.signals = &raw const crate::signals::PROCESS_SIGNALS;
-        own.0.set(area.as_ptr());
-        Ok(area.as_ptr())
-    })
+    // A thread that is ending, and has destroyed the variable, gets an area for one passage.
+    if let Ok(Some(area)) = OWN.try_with(Own::get) {
+        return Ok(area);
+    }
+    let (area, _) = ThreadArea::acquire(machine)?;
+    // SAFETY: the area is this thread's from here on.
+    let this = unsafe { &mut *area.as_ptr() };
+    let registers = kvm_bindings::kvm_regs {
+        rip: arch::address(arch::dune_guest_resume),
+        rflags: RING0_FLAGS & !dune_x86::descriptors::RFLAGS_IF,
+        ..Default::default()
+    };
+    this.fs_base = fs_base();
+    this.restart_at(machine, &registers)
+        .inspect_err(|_| ThreadArea::release(area.as_ptr()))?;
+    this.pid = sys::getpid() as u32;
+    this.tid = sys::gettid() as u32;
+    this.pending.store(0, Ordering::Relaxed);
+    this.freed_by_parent = false;
+    this.depth = 0;
+    this.refused = (0, 0);
+    this.signals = &raw const crate::signals::PROCESS_SIGNALS;
+    Ok(area.as_ptr())
 }
 
 /// Leaves Dune mode: when this returns, the thread runs natively again. Its vCPU waits for
@@ -112,7 +124,8 @@ pub fn leave() {
         return;
     }
     let area = ThreadArea::current();
-    OWN.with(|own| own.0.set(area));
+    // Not kept where the thread's variables are destroyed already: see below.
+    let is_kept = OWN.try_with(|own| own.set(area)).is_ok();
     // SAFETY: ring 0, so the host side of this thread waits for it.
     unsafe { arch::dune_leave() };
     // A signal that was captured on the way is the kernel's again.
@@ -121,6 +134,9 @@ pub fn leave() {
     if this.pending.swap(0, Ordering::Relaxed) != 0 {
         crate::host::signals::raise_again(this.signal, &this.siginfo);
         crate::signals::change_mask(MASK_SET, this.signal_mask);
+    }
+    if !is_kept {
+        ThreadArea::release(area);
     }
 }
 
@@ -148,25 +164,25 @@ pub fn run<T>(body: impl FnOnce() -> T) -> Result<T, EnterError> {
 /// program's alternate stack, and watch a restartable sequence that it cannot see.
 fn before_entry(this: &mut ThreadArea) {
     this.fs_base = fs_base();
-    let mut stack = AltStack::DISABLED;
+    this.altstack = native_alternate_stack();
     let disabled = AltStack::DISABLED;
-    // SAFETY: the kernel reads and writes 24 bytes each.
+    // SAFETY: the kernel reads 24 bytes.
     let _ = unsafe {
         sys::raw(
             nr::SIGALTSTACK,
-            [
-                &raw const disabled as usize,
-                &raw mut stack as usize,
-                0,
-                0,
-                0,
-                0,
-            ],
+            [&raw const disabled as usize, 0, 0, 0, 0, 0],
         )
     };
-    this.altstack = stack;
     this.rseq = crate::rseq::unregister();
     base::set(this.this as u64);
+}
+
+/// The alternate signal stack that the kernel has for the thread, and whether it is on it.
+fn native_alternate_stack() -> AltStack {
+    let mut stack = AltStack::DISABLED;
+    // SAFETY: the kernel writes 24 bytes.
+    let _ = unsafe { sys::raw(nr::SIGALTSTACK, [0, &raw mut stack as usize, 0, 0, 0, 0]) };
+    stack
 }
 
 /// The counterpart, on the host stack, before the thread runs natively again. If a captured

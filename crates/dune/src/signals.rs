@@ -137,14 +137,26 @@ impl SignalTable {
                     mask,
                 };
             }
-            core::hint::spin_loop();
+            // The writer may be waiting for the CPU.
+            sys::sched_yield();
         }
     }
 
     /// Registers an action and returns the one before.
     pub(crate) fn set(&self, signal: u32, action: KernelAction) -> KernelAction {
+        self.replace(signal, action, || Ok(())).unwrap_or_default()
+    }
+
+    /// The same, together with telling the kernel: what two threads ask for at the same time
+    /// happens in the same order here and there. Nothing changes if the kernel refuses.
+    pub(crate) fn replace(
+        &self,
+        signal: u32,
+        action: KernelAction,
+        tell: impl FnOnce() -> Result<(), Errno>,
+    ) -> Result<KernelAction, Errno> {
         let Some(entry) = self.entry(signal) else {
-            return KernelAction::default();
+            return Err(Errno::EINVAL);
         };
         let version = loop {
             let version = entry.version.load(Ordering::Acquire) & !1;
@@ -163,16 +175,25 @@ impl SignalTable {
                 .get(i)
                 .map_or(0, |w| w.swap(value, Ordering::AcqRel))
         };
-        let before = KernelAction {
+        let result = tell().map(|()| KernelAction {
             handler: swap(0, action.handler),
             flags: swap(1, action.flags),
             restorer: swap(2, action.restorer),
             mask: swap(3, action.mask),
-        };
+        });
         entry
             .version
             .store(version.wrapping_add(2), Ordering::Release);
-        before
+        result
+    }
+
+    /// Puts every handler back to the default, and leaves what is ignored ignored.
+    pub(crate) fn clear_handlers(&self) {
+        for signal in 1..=SIGNALS as u32 {
+            if self.get(signal).is_handler() {
+                self.set(signal, KernelAction::default());
+            }
+        }
     }
 
     fn entry(&self, signal: u32) -> Option<&Entry> {

@@ -106,7 +106,10 @@ pub(crate) struct ThreadArea {
     /// The address space that ring 3 runs in on this vCPU: its PCID plus one, or 0.
     pub(crate) running_pcid: AtomicU32,
     pub(crate) valid_pcids: ValidPcids,
-    /// Instruction at which the host side refused memory, and how often in a row.
+    /// The page fault under way was made by the host side, which refused the memory.
+    pub(crate) injected: AtomicU32,
+    /// Registers with which the host side refused memory, as one number, and how often in a
+    /// row.
     pub(crate) refused: (u64, u32),
 }
 
@@ -205,6 +208,7 @@ impl ThreadArea {
             start_mask: 0,
             running_pcid: AtomicU32::new(0),
             valid_pcids: ValidPcids::new(),
+            injected: AtomicU32::new(0),
             refused: (0, 0),
         };
         // SAFETY: fresh memory of the right size and alignment.

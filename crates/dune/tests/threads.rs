@@ -265,10 +265,17 @@ fn destructors_may_enter_and_leave() {
 }
 
 fn pthread_exit_ends_a_thread_in_dune_mode() {
-    extern "C" fn body(argument: *mut libc::c_void) -> *mut libc::c_void {
-        assert!(dune::is_inside());
-        unsafe { libc::pthread_exit(argument) }
+    type Body = extern "C" fn(*mut libc::c_void) -> *mut libc::c_void;
+    type Unwinding = extern "C-unwind" fn(*mut libc::c_void) -> *mut libc::c_void;
+    unsafe extern "C-unwind" {
+        fn pthread_exit(result: *mut libc::c_void) -> !;
     }
+    // Ends the thread by unwinding it.
+    extern "C-unwind" fn body(argument: *mut libc::c_void) -> *mut libc::c_void {
+        assert!(dune::is_inside());
+        unsafe { pthread_exit(argument) }
+    }
+    let body: Body = unsafe { std::mem::transmute::<Unwinding, Body>(body) };
     enter();
     let run = |times: usize| {
         for n in 1..=times {

@@ -61,6 +61,16 @@ dune_after_syscall:
 // The slow ways build the frame that an exception would have built, on the interrupt stack,
 // which is free: nothing stays on it while interrupts are on.
 .Lsyscall_pending:
+    // With interrupts off it is a call of the runtime itself, which no signal interrupts: if
+    // it was not made, it is made now, and the signal waits until interrupts are on again.
+    bt      $9, %r11
+    jc      1f
+    cmp     ${RESTART}, %rax
+    jne     .Lsyscall_return
+    out     %al, ${PORT_RUNTIME}
+    mov     %gs:{A_RESULT}, %rax
+    jmp     .Lsyscall_return
+1:
     mov     %rsp, %gs:{A_SCRATCH}
     mov     %gs:{A_IST}, %rsp
     pushq   ${KERNEL_SS}

@@ -1,6 +1,8 @@
 //! Where every trap taken in ring 0 arrives, with all registers saved.
 #![expect(unsafe_code, reason = "called by the entry stub")]
 
+use core::sync::atomic::Ordering;
+
 use dune_x86::descriptors::RFLAGS_IF;
 use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 
@@ -8,6 +10,7 @@ use crate::arch::{self, RESTART, VECTOR_NOTIFY, VECTOR_SIGRETURN, VECTOR_SYSCALL
 use crate::exceptions::{self, Outcome};
 use crate::guest::{call, fatal, signals};
 use crate::machine::Machine;
+use crate::thread::ThreadArea;
 
 /// How deep traps may nest in handlers before the process is ended with a report.
 pub(crate) const MAX_DEPTH: u64 = 16;
@@ -44,12 +47,19 @@ fn exception(number: u8, frame: &mut TrapFrame) {
     match number {
         vector::DOUBLE_FAULT => fatal::report(frame, "double fault"),
         vector::MACHINE_CHECK => fatal::report(frame, "machine check"),
-        // A window is made when its memory is first touched.
-        vector::PAGE_FAULT
-            if !frame.fault_cause().contains(PageFaultError::PRESENT) && first_touch(frame.cr2) =>
-        {
-            return;
+        vector::PAGE_FAULT => {
+            // SAFETY: the area is this thread's.
+            let refused = unsafe { (*ThreadArea::current()).injected.swap(0, Ordering::Relaxed) };
+            if refused == 0
+                && !frame.fault_cause().contains(PageFaultError::PRESENT)
+                && first_touch(frame.cr2, frame.fault_cause())
+            {
+                return;
+            }
         }
+        // A step of the entry stub itself, on the way back from a system call of code that
+        // is being single-stepped.
+        vector::DEBUG if frame.rip >> 63 == 1 => return,
         _ => {}
     }
     call::interrupts_as(frame.rflags);
@@ -73,13 +83,18 @@ fn exception(number: u8, frame: &mut TrapFrame) {
     signals::raise_exception(number, frame);
 }
 
-/// Whether the address lies in memory that the process has and no window shows yet.
-fn first_touch(address: u64) -> bool {
+/// Whether the address lies in memory that the process has and that no window showed at the
+/// moment of the fault: a window is made when its memory is first touched. Another thread
+/// may have made it meanwhile.
+fn first_touch(address: u64, cause: PageFaultError) -> bool {
     let Some(machine) = Machine::get() else {
         return false;
     };
-    if machine.vm().windows().to_guest(address).is_some() || address >> 47 != 0 {
+    if address >> 47 != 0 {
         return false;
+    }
+    if machine.vm().windows().to_guest(address).is_some() {
+        return !crate::memory::forbids(address, cause);
     }
     dune_kvm::sys::is_mapped(address) && crate::memory::cover(machine, address)
 }

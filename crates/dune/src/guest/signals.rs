@@ -294,9 +294,13 @@ fn build(
 ) -> bool {
     const RED_ZONE: u64 = 128;
     let size = area.xsave_size;
+    // A handler that interrupts a handler of an exception stays on its stack: the trap that
+    // brings it back would otherwise start at the top of it, over what it interrupted.
+    let on_trap_stack = (area.trap_low..area.trap_high).contains(&frame.rsp);
     let on_altstack = action.flags & SA_ONSTACK != 0
         && area.altstack.flags & SS_DISABLE == 0
-        && !area.altstack.in_use(frame.rsp);
+        && !area.altstack.in_use(frame.rsp)
+        && !on_trap_stack;
     let top = if on_altstack {
         area.altstack.base.wrapping_add(area.altstack.size)
     } else {
@@ -343,7 +347,7 @@ fn build(
                 gs: 0,
                 fs: 0,
                 ss: USER_SS,
-                error: frame.error,
+                error: error_seen_by_handlers(frame),
                 trap: frame.vector & 0xff,
                 old_mask: mask,
                 cr2: frame.cr2,
@@ -378,6 +382,15 @@ fn build(
     frame.rflags &= !(RFLAGS_DF | RFLAGS_RF | RFLAGS_TF);
     initial_extended_state(frame);
     true
+}
+
+/// The error code of a page fault as a handler knows it, for whom all code is ring 3's.
+fn error_seen_by_handlers(frame: &TrapFrame) -> u64 {
+    if frame.vector == u64::from(vector::PAGE_FAULT) {
+        frame.error | u64::from(PageFaultError::USER.bits())
+    } else {
+        frame.error
+    }
 }
 
 /// Fills in the software-reserved bytes by which `sigreturn` recognises the format.

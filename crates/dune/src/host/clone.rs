@@ -27,6 +27,9 @@ const CLONE_VM: u64 = 0x100;
 const CLONE_SIGHAND: u64 = 0x800;
 const CLONE_VFORK: u64 = 0x4000;
 const CLONE_SETTLS: u64 = 0x8_0000;
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+/// The call is made again after a handler has run (see [`arch::RESTART`]).
+const RESTARTED: Errno = Errno(-arch::RESTART as i32);
 const SIGCHLD: u64 = 17;
 
 /// `struct clone_args`, as far as any kernel knows it, with room for what is to come.
@@ -140,8 +143,31 @@ fn enter_to_errno(error: &EnterError) -> Errno {
     }
 }
 
-fn share_memory(this: &mut ThreadArea, mut request: Request) -> Result<usize, Errno> {
+/// Blocks every signal until the new task has its own state, and returns the mask before. A
+/// signal that was captured just before that comes first: the new task must have neither the
+/// mask of the capture nor the signal.
+fn block_signals(this: &ThreadArea) -> Result<u64, Errno> {
+    let mask = change_mask(MASK_SET, u64::MAX);
+    if this.pending.load(Ordering::Relaxed) != 0 {
+        return Err(RESTARTED);
+    }
+    Ok(mask)
+}
+
+fn share_memory(this: &mut ThreadArea, request: Request) -> Result<usize, Errno> {
     let machine = Machine::get().ok_or(Errno::EIO)?;
+    let mask = block_signals(this)?;
+    let result = share_memory_quietly(this, machine, request, mask);
+    change_mask(MASK_SET, mask);
+    result
+}
+
+fn share_memory_quietly(
+    this: &ThreadArea,
+    machine: &Machine,
+    mut request: Request,
+    mask: u64,
+) -> Result<usize, Errno> {
     let (child, _) = ThreadArea::acquire(machine).map_err(|e| enter_to_errno(&e))?;
     // SAFETY: the area is ours until the child starts.
     let area = unsafe { &mut *child.as_ptr() };
@@ -149,10 +175,10 @@ fn share_memory(this: &mut ThreadArea, mut request: Request) -> Result<usize, Er
         ThreadArea::release(child.as_ptr());
         return Err(errno);
     }
-    area.start_mask = change_mask(MASK_SET, u64::MAX);
+    area.start_mask = mask;
     let vfork = request.flags & CLONE_VFORK != 0;
     let task = request.make(Some(area));
-    change_mask(MASK_SET, area.start_mask);
+    // From here on the area is the child's, or already somebody else's.
     // After a vfork the child is gone, or runs another program.
     if vfork || task < 0 {
         ThreadArea::release(child.as_ptr());
@@ -187,10 +213,14 @@ fn prepare_child(
         AltStack::DISABLED
     };
     area.rseq = (0, 0);
+    area.refused = (0, 0);
     area.signals = this.signals;
     if request.flags & CLONE_SIGHAND == 0 {
         // SAFETY: points to a static, or into an area.
         area.own_signals.copy_from(unsafe { &*this.signals });
+        if request.flags & CLONE_CLEAR_SIGHAND != 0 {
+            area.own_signals.clear_handlers();
+        }
         area.signals = &raw const area.own_signals;
     }
     area.restart_at(machine, &registers)
@@ -228,9 +258,13 @@ fn copy_memory(this: &mut ThreadArea, mut request: Request) -> Result<usize, Err
     if request.flags & CLONE_SETTLS != 0 {
         sregs.fs.base = request.tls;
     }
-    let mask = change_mask(MASK_SET, u64::MAX);
+    let mask = block_signals(this)?;
     let task = request.make(None);
     if task == 0 {
+        if request.flags & CLONE_CLEAR_SIGHAND != 0 {
+            // SAFETY: points to a static, or into the area.
+            unsafe { &*this.signals }.clear_handlers();
+        }
         if let Err(error) = revive(this, &registers, &sregs, &extended) {
             report::die_of_fork(&error);
         }
@@ -250,6 +284,12 @@ fn revive(
         return Err(EnterError::Memory(Errno::EIO));
     };
     PROCESS_SIGNALS.drop_stale_writers();
+    if !core::ptr::eq(this.signals, &raw const PROCESS_SIGNALS) {
+        // The child of a child of `vfork` is a process of its own.
+        // SAFETY: points into an area.
+        PROCESS_SIGNALS.copy_from(unsafe { &*this.signals });
+        this.signals = &raw const PROCESS_SIGNALS;
+    }
     machine.renew()?;
     this.state.store(USED, Ordering::Relaxed);
     this.freed_by_parent = false;

@@ -11,6 +11,7 @@
 )]
 
 use core::ptr::addr_of;
+use core::sync::atomic::Ordering;
 
 use dune_kvm::sys;
 use dune_kvm::vcpu::Vcpu;
@@ -51,6 +52,8 @@ pub(crate) fn inject(vcpu: &Vcpu, run: *mut kvm::kvm_run) {
         Some((address, error)) => {
             // SAFETY: the area is this thread's.
             unsafe { (*area).refused = (0, 0) };
+            // SAFETY: as above.
+            unsafe { (*area).injected.store(1, Ordering::Relaxed) };
             // SAFETY: the vCPU stopped at the refused instruction.
             if let Err(errno) = unsafe { vcpu.inject_page_fault(address, (error | user).bits()) } {
                 report::die_with_number(b"KVM refused a page fault, errno ", errno.0 as u64);
@@ -58,10 +61,11 @@ pub(crate) fn inject(vcpu: &Vcpu, run: *mut kvm::kvm_run) {
         }
         None => {
             // SAFETY: the area is this thread's.
-            let (rip, count) = unsafe { (*area).refused };
-            let count = if rip == registers.rip { count + 1 } else { 0 };
+            let (before, count) = unsafe { (*area).refused };
+            let now = digest(&registers);
+            let count = if before == now { count + 1 } else { 0 };
             // SAFETY: as above.
-            unsafe { (*area).refused = (registers.rip, count) };
+            unsafe { (*area).refused = (now, count) };
             if count > PATIENCE {
                 // SAFETY: the area is shared with KVM, which is not running.
                 let reason = unsafe { addr_of!((*run).exit_reason).read_volatile() };
@@ -70,6 +74,20 @@ pub(crate) fn inject(vcpu: &Vcpu, run: *mut kvm::kvm_run) {
             }
         }
     }
+}
+
+/// All general registers as one number: the same again and again where a thread makes no
+/// progress.
+fn digest(r: &kvm::kvm_regs) -> u64 {
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    [
+        r.rip, r.rsp, r.rflags, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10,
+        r.r11, r.r12, r.r13, r.r14, r.r15,
+    ]
+    .iter()
+    .fold(0xcbf2_9ce4_8422_2325, |sum, value| {
+        (sum ^ value).wrapping_mul(PRIME)
+    })
 }
 
 /// The first address that the instruction at `rip` cannot access, and how.
@@ -159,9 +177,8 @@ fn refused(address: u64, size: u64, writes: bool) -> Option<(u64, PageFaultError
     for at in core::iter::once(address).chain(second) {
         match maps::rights(at) {
             None => return Some((at, write)),
-            Some(rights) if !rights.contains(Rights::READ) => {
-                return Some((at, write | PageFaultError::PRESENT));
-            }
+            // Linux keeps such pages as not present.
+            Some(rights) if !rights.contains(Rights::READ) => return Some((at, write)),
             Some(rights) if writes && !rights.contains(Rights::WRITE) => {
                 return Some((at, PageFaultError::WRITE | PageFaultError::PRESENT));
             }
@@ -193,6 +210,28 @@ fn only_reads(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Ldmxcsr
             | Mnemonic::Fld
             | Mnemonic::Fild
+            | Mnemonic::Fbld
+            | Mnemonic::Fadd
+            | Mnemonic::Fmul
+            | Mnemonic::Fcom
+            | Mnemonic::Fcomp
+            | Mnemonic::Fsub
+            | Mnemonic::Fsubr
+            | Mnemonic::Fdiv
+            | Mnemonic::Fdivr
+            | Mnemonic::Fiadd
+            | Mnemonic::Fimul
+            | Mnemonic::Ficom
+            | Mnemonic::Ficomp
+            | Mnemonic::Fisub
+            | Mnemonic::Fisubr
+            | Mnemonic::Fidiv
+            | Mnemonic::Fidivr
+            | Mnemonic::Fldenv
+            | Mnemonic::Frstor
+            | Mnemonic::Clflush
+            | Mnemonic::Clflushopt
+            | Mnemonic::Clwb
             | Mnemonic::Fldcw
             | Mnemonic::Prefetcht0
             | Mnemonic::Xrstor

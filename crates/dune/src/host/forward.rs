@@ -53,7 +53,9 @@ const fn special_calls() -> [u64; 8] {
 pub(crate) unsafe fn system_call(area: *mut ThreadArea) -> isize {
     // SAFETY: the area is this thread's.
     let this = unsafe { &mut *area };
-    let number = this.number;
+    // The kernel looks at the lower half only.
+    let number = this.number as u32 as usize;
+    this.number = number;
     let special = SPECIAL
         .get(number / 64)
         .is_some_and(|bits| bits >> (number % 64) & 1 == 1);
@@ -112,11 +114,7 @@ fn signal_action(
         let mut bytes = [0; 32];
         sys::read_memory(new as u64, &mut bytes)?;
         let action = KernelAction::from_bytes(bytes);
-        let before = table.set(signal, action);
-        crate::signals::install(signal, action).inspect_err(|_| {
-            table.set(signal, before);
-        })?;
-        before
+        table.replace(signal, action, || crate::signals::install(signal, action))?
     };
     if old != 0 {
         sys::write_memory(old as u64, &before.to_bytes())?;

@@ -64,7 +64,11 @@ struct Run {
 
 impl Run {
     const fn new() -> Self {
-        Self { guest: AtomicU64::new(0), bytes: AtomicU64::new(0), host: AtomicU64::new(0) }
+        Self {
+            guest: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            host: AtomicU64::new(0),
+        }
     }
 
     fn set(&self, guest: u64, bytes: u64, host: u64) {

@@ -18,9 +18,13 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use dune_kvm::sys;
-use dune_kvm::vm::{Fresh, Vm};
+use dune_kvm::vm::Vm;
 use dune_kvm::windows::{WINDOW_SHIFT, WINDOW_SIZE};
 
+use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
+use dune_x86::paging::{NoFlush, PteFlags};
+
+use super::{Frames, PageTable, Tables};
 use crate::error::EnterError;
 
 const ENTRIES: usize = 512;
@@ -87,9 +91,11 @@ impl IdentityTables {
             tables.top()[HALF + index].store(table | TABLE, Ordering::Relaxed);
         }
         crate::memory::set_identity_run(tables.root, length as u64, base);
-        tables.cover(vm, base, length as u64)?;
-        // The first window was made before there were tables to show it in.
-        tables.show(vm, base, physical(base & !(WINDOW_SIZE - 1)))?;
+        // The first window was made before there were tables to show it in; a directory, if
+        // one is needed, lies behind them.
+        let directory = base + length as u64;
+        let first = physical(base & !(WINDOW_SIZE - 1));
+        tables.show(base, first, directory, physical(directory))?;
         Ok(tables)
     }
 
@@ -112,30 +118,95 @@ impl IdentityTables {
     pub(crate) fn cover(&self, vm: &Vm, start: u64, length: u64) -> Result<(), EnterError> {
         let mut chunk = start & !(WINDOW_SIZE - 1);
         while chunk < start + length {
-            let (guest, fresh) = vm.ensure_window(chunk).map_err(EnterError::Platform)?;
-            if fresh == Fresh::Yes {
-                self.show(vm, chunk, guest)?;
+            if vm.windows().to_guest(chunk).is_none() {
+                self.add_window(vm, chunk)?;
             }
             chunk += WINDOW_SIZE;
         }
         Ok(())
     }
 
-    fn show(&self, vm: &Vm, host: u64, guest: u64) -> Result<(), EnterError> {
-        let entry = &self.pdpt((host >> 39) as usize)[(host >> WINDOW_SHIFT) as usize % ENTRIES];
+    /// Whoever finds the window finds it in the tables too: they are filled in before it is
+    /// published.
+    fn add_window(&self, vm: &Vm, chunk: u64) -> Result<(), EnterError> {
+        let directory = if self.giant_pages {
+            0
+        } else {
+            // With its own window, for nobody may want one while making another.
+            let page = sys::map_anonymous(PAGE).map_err(EnterError::Memory)? as u64;
+            if page >> WINDOW_SHIFT != chunk >> WINDOW_SHIFT {
+                self.cover(vm, page, PAGE as u64)?;
+            }
+            page
+        };
+        vm.ensure_window_with(chunk, |guest| {
+            let table = if directory >> WINDOW_SHIFT == chunk >> WINDOW_SHIFT {
+                guest | (directory & (WINDOW_SIZE - 1))
+            } else {
+                vm.windows().to_guest(directory).unwrap_or(0)
+            };
+            self.show(chunk, guest, directory, table)
+        })
+        .map(drop)
+    }
+
+    fn entry(&self, host: u64) -> &AtomicU64 {
+        &self.pdpt((host >> 39) as usize)[(host >> WINDOW_SHIFT) as usize % ENTRIES]
+    }
+
+    /// `directory` is a fresh page at the guest physical address `table`, for CPUs that have
+    /// no pages of 1 GiB.
+    fn show(&self, host: u64, guest: u64, directory: u64, table: u64) -> Result<(), EnterError> {
+        let entry = self.entry(host);
+        let before = entry.load(Ordering::Acquire);
+        if before & PRESENT != 0 && before & LEAF == 0 {
+            return self.fill_tables(host, guest);
+        }
         if self.giant_pages {
             entry.store(guest | WINDOW_LEAF, Ordering::Release);
             return Ok(());
         }
-        let directory = sys::map_anonymous(PAGE).map_err(EnterError::Memory)? as u64;
         for index in 0..ENTRIES as u64 {
             let leaf = (guest + index * TWO_MIB) | WINDOW_LEAF;
             // SAFETY: a fresh page of 512 entries.
             unsafe { (directory as *mut u64).add(index as usize).write(leaf) };
         }
-        self.cover(vm, directory, PAGE as u64)?;
-        let table = vm.windows().to_guest(directory).unwrap_or(0);
         entry.store(table | TABLE | USER, Ordering::Release);
         Ok(())
+    }
+
+    /// Shows a window where an earlier one was split: its tables are still there.
+    fn fill_tables(&self, host: u64, guest: u64) -> Result<(), EnterError> {
+        let used = PteFlags::ACCESSED | PteFlags::DIRTY;
+        let range = VirtRange::page(GuestVirt::new_truncate(host), PageSize::Size1GiB);
+        self.table()
+            .map_range(
+                range,
+                GuestPhys::new_truncate(guest),
+                PageSize::Size2MiB,
+                PteFlags::RWX | used,
+            )
+            .map_err(|_| EnterError::Memory(sys::Errno::ENOMEM))
+    }
+
+    /// Takes a window out of the tables. What it was split into stays, empty.
+    pub(crate) fn hide(&self, host: u64) {
+        let entry = self.entry(host);
+        let before = entry.load(Ordering::Acquire);
+        if before & PRESENT != 0 && before & LEAF == 0 {
+            let range = VirtRange::page(GuestVirt::new_truncate(host), PageSize::Size1GiB);
+            match self.table().unmap(range, |_| ()) {
+                // KVM flushes every vCPU when the slot goes, which is next.
+                Ok(flush) => flush.ignore(NoFlush::CoveredByLargerFlush),
+                Err(failure) => failure.flush.ignore(NoFlush::CoveredByLargerFlush),
+            }
+        } else {
+            entry.store(0, Ordering::Release);
+        }
+    }
+
+    fn table(&self) -> PageTable {
+        let root = GuestPhys::new_truncate(self.root);
+        PageTable::from_root(root, Tables::new(), Frames::new())
     }
 }
