@@ -71,6 +71,7 @@ mod rseq;
 pub mod signals;
 mod thread;
 mod user;
+mod vdso;
 
 pub use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 pub use error::EnterError;

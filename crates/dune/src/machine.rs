@@ -20,6 +20,7 @@ use crate::maps;
 use crate::memory::FrameArena;
 use crate::memory::identity::{IdentityTables, high};
 use crate::options::Options;
+use crate::vdso;
 
 const VECTORS: usize = 256;
 const STUB_SIZE: u64 = 16;
@@ -33,6 +34,7 @@ pub(crate) struct Machine {
     tables: IdentityTables,
     frames: FrameArena,
     interrupt_table: u64,
+    vdso: vdso::Place,
     /// The process that the VM belongs to; another one after a `fork`.
     owner: AtomicI32,
 }
@@ -97,11 +99,13 @@ impl Machine {
             // SAFETY: the table has room for every vector.
             unsafe { interrupt_table.add(number).write(gate) };
         }
+        let maps = std::fs::read_to_string("/proc/self/maps").map_err(EnterError::Maps)?;
         let machine = Self {
             vm,
             tables,
             frames,
             interrupt_table: interrupt_table as u64,
+            vdso: vdso::Place::in_maps(&maps),
             owner: AtomicI32::new(sys::getpid()),
         };
         machine.cover(machine.interrupt_table, 4096)?;
@@ -142,6 +146,10 @@ impl Machine {
     /// Whether the CPU has process-context identifiers, and they are on.
     pub(crate) fn has_pcid(&self) -> bool {
         self.vm.host().leaf(1, 0).2 & (1 << 17) != 0
+    }
+
+    pub(crate) fn vdso(&self) -> vdso::Place {
+        self.vdso
     }
 
     pub(crate) fn interrupt_table(&self) -> u64 {
@@ -224,12 +232,9 @@ impl Machine {
                 sys::sched_yield();
                 continue;
             }
-            let claimed = self.owner.compare_exchange(
-                owner,
-                -process,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            );
+            let claimed =
+                self.owner
+                    .compare_exchange(owner, -process, Ordering::AcqRel, Ordering::Relaxed);
             if claimed.is_ok() {
                 return self
                     .renew()
@@ -248,7 +253,7 @@ impl Machine {
             }
             area.state.store(crate::thread::FREE, Ordering::Relaxed);
         }
-        self.vm.renew().map_err(EnterError::Platform)?;
+        self.vm.renew(|host| self.tables.hide(host))?;
         self.owner.store(sys::getpid(), Ordering::Release);
         Ok(())
     }

@@ -88,7 +88,7 @@ pub fn enter_with(options: &Options) -> Result<(), EnterError> {
     // SAFETY: the vCPU waits at dune_guest_resume, for the stack that this call parks.
     unsafe { arch::dune_enter(area) };
     debug_assert!(is_inside());
-    Ok(())
+    crate::vdso::settle(machine, options).inspect_err(|_| leave())
 }
 
 fn own_area(machine: &Machine) -> Result<*mut ThreadArea, EnterError> {

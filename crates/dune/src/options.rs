@@ -5,6 +5,7 @@
 pub struct Options {
     pub(crate) physical_bits: Option<u32>,
     pub(crate) skip_probe: bool,
+    pub(crate) system_call_clocks: bool,
 }
 
 impl Options {
@@ -19,6 +20,14 @@ impl Options {
     #[must_use]
     pub fn physical_bits(mut self, bits: u32) -> Self {
         self.physical_bits = Some(bits);
+        self
+    }
+
+    /// Reads clocks by system calls instead of the vDSO's code, as is done by itself where
+    /// the kernel does not let the guest see the pages that the vDSO reads.
+    #[must_use]
+    pub fn system_call_clocks(mut self) -> Self {
+        self.system_call_clocks = true;
         self
     }
 

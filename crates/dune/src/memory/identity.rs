@@ -73,7 +73,7 @@ impl IdentityTables {
         if base >> WINDOW_SHIFT != (base + length as u64) >> WINDOW_SHIFT {
             let again = sys::map_anonymous(WINDOW_SIZE as usize).map_err(EnterError::Memory)?;
             base = (again as u64).next_multiple_of(WINDOW_SIZE);
-            if base + length as u64 > again as u64 + WINDOW_SIZE {
+            if base + (length + PAGE) as u64 > again as u64 + WINDOW_SIZE {
                 base = again as u64;
             }
         }
