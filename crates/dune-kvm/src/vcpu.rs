@@ -212,6 +212,12 @@ impl Vcpu {
             present: 1,
             ..Default::default()
         };
+        // After a reset it is a table of 64 KiB at address 0, where ring 3 may have memory:
+        // without SMAP it would make itself a call gate there.
+        sregs.ldt = kvm::kvm_segment {
+            unusable: 1,
+            ..Default::default()
+        };
         sregs.gdt.base = tables.gdt;
         sregs.gdt.limit = tables.gdt_size - 1;
         sregs.idt.base = tables.idt;
