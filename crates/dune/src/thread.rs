@@ -82,7 +82,9 @@ pub(crate) struct ThreadArea {
     pub(crate) fs_base: u64,
     pub(crate) parked_rsp: u64,
     pub(crate) host_rsp: u64,
+    /// Floating-point control words of the caller of ring 3.
     pub(crate) mxcsr: u32,
+    pub(crate) x87_control: u32,
 
     pub(crate) gdt: [u64; GDT_ENTRIES],
     pub(crate) tss: TaskState,
@@ -191,7 +193,8 @@ impl ThreadArea {
             fs_base: 0,
             parked_rsp: 0,
             host_rsp: host_stack as u64 + HOST_STACK as u64,
-            mxcsr: 0x1f80,
+            mxcsr: 0,
+            x87_control: 0,
             gdt: global_descriptor_table(tss_address, SystemTables::PLAIN_TSS_LIMIT),
             tss,
             state: AtomicU32::new(USED),

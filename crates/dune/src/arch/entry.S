@@ -273,6 +273,8 @@ dune_run_user:
     push    %r15
     pushfq
     cli
+    stmxcsr %gs:{A_MXCSR}
+    fnstcw  %gs:{A_X87_CONTROL}
     mov     %rsp, %gs:{A_RUN_RSP}
     rdfsbase %rax
     mov     %rax, %gs:{A_FS_BASE}
@@ -394,7 +396,9 @@ dune_high_run:
     mov     %gs:{A_FS_BASE}, %rax
     wrfsbase %rax
     mov     %gs:{A_RUN_RSP}, %rsp
+    // The control words belong to the caller (psABI 3.2.3).
     fninit
+    fldcw   %gs:{A_X87_CONTROL}
     ldmxcsr %gs:{A_MXCSR}
     popfq
     pop     %r15

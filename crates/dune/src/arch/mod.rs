@@ -105,6 +105,7 @@ global_asm!(
     A_PARKED_RSP = const offset_of!(ThreadArea, parked_rsp),
     A_HOST_RSP = const offset_of!(ThreadArea, host_rsp),
     A_MXCSR = const offset_of!(ThreadArea, mxcsr),
+    A_X87_CONTROL = const offset_of!(ThreadArea, x87_control),
     F_R15 = const offset_of!(TrapFrame, r15),
     F_R14 = const offset_of!(TrapFrame, r14),
     F_R13 = const offset_of!(TrapFrame, r13),
