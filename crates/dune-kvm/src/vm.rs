@@ -311,14 +311,16 @@ impl Vm {
 
     /// In the child of a `fork`: closes what was inherited of the parent's VM and creates a
     /// new one with the same windows. The vCPUs are the caller's to close and create anew.
+    /// `hide` takes out of the page tables what another thread was setting up or taking
+    /// apart at the moment of the `fork`.
     ///
     /// # Errors
     /// [`VmError::Request`].
-    pub fn renew(&self) -> Result<(), VmError> {
+    pub fn renew(&self, hide: impl FnMut(u64)) -> Result<(), VmError> {
         sys::close(self.vm_fd.load(Ordering::Relaxed));
         self.vm_fd.store(-1, Ordering::Relaxed);
         self.next_vcpu.store(0, Ordering::Relaxed);
-        self.windows.drop_stale_claims();
+        self.windows.drop_stale_claims(hide);
         self.vm_fd.store(
             create_vm(self.kvm_fd.load(Ordering::Relaxed))?,
             Ordering::Relaxed,

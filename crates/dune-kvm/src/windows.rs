@@ -213,9 +213,9 @@ impl Windows {
             })
     }
 
-    /// Drops the claims of threads that did not survive a `fork`. Only for the one thread
-    /// of a new process.
-    pub fn drop_stale_claims(&self) {
+    /// Drops the claims of threads that did not survive a `fork`, and names each chunk that
+    /// was being set up or taken apart. Only for the one thread of a new process.
+    pub fn drop_stale_claims(&self, mut dropped: impl FnMut(u64)) {
         for (frame, owner) in self.chunk_of_frame.iter().enumerate() {
             let Some(chunk) = owner.load(Ordering::Relaxed).checked_sub(1) else {
                 continue;
@@ -223,6 +223,7 @@ impl Windows {
             if let Some(entry) = self.frame_of_chunk.get(chunk as usize) {
                 if entry.load(Ordering::Relaxed) == CLAIMED {
                     entry.store(FREE, Ordering::Relaxed);
+                    dropped(u64::from(chunk) << WINDOW_SHIFT);
                 }
                 if entry.load(Ordering::Relaxed) != frame as u16 {
                     owner.store(UNUSED, Ordering::Relaxed);
@@ -296,7 +297,9 @@ mod tests {
         let kept = add(&windows, 1 << 30).unwrap();
         assert!(matches!(windows.claim(2 << 30), Claim::Mine(_)));
         assert_eq!(windows.claim(2 << 30), Claim::Busy);
-        windows.drop_stale_claims();
+        let mut dropped = Vec::new();
+        windows.drop_stale_claims(|host| dropped.push(host));
+        assert_eq!(dropped, [2 << 30]);
         assert_eq!(windows.len(), 1);
         assert_eq!(windows.to_guest(1 << 30), Some(u64::from(kept) << 30));
         assert!(matches!(windows.claim(2 << 30), Claim::Mine(_)));
