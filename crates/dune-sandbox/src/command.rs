@@ -67,8 +67,8 @@ pub enum RunError {
     /// Something of this process is where the program has to go.
     #[error(
         "this process has memory at {start:#x}, below {USER_HI:#x}, where the program has to go; \
-         link the binary as a position-independent executable, and do not run it under tools \
-         that move it there"
+         if the stack limit is unlimited, set one (ulimit -Ss 8192), for without one the kernel \
+         maps there; otherwise link the binary as a position-independent executable"
     )]
     Occupied {
         /// Where the first such mapping begins.

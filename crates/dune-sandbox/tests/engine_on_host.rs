@@ -975,6 +975,204 @@ program!(
     "syscall",
 );
 
+/// Numbers that look random and are the same in each run (xorshift64*).
+struct Dice(u64);
+
+impl Dice {
+    fn throw(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+/// What a hostile program would try first; the dice do the rest.
+const NASTY: &[&[u8]] = &[
+    &[0x0f, 0x01, 0xc1],             // vmcall
+    &[0x0f, 0x01, 0xd9],             // vmmcall
+    &[0x0f, 0x01, 0xd8],             // vmrun
+    &[0x0f, 0x01, 0xda],             // vmload
+    &[0x0f, 0x34],                   // sysenter
+    &[0x0f, 0x35],                   // sysexit
+    &[0x0f, 0x07],                   // sysret
+    &[0x48, 0x0f, 0x07],             // sysretq
+    &[0xf1],                         // int1
+    &[0xcf],                         // iretd
+    &[0x48, 0xcf],                   // iretq
+    &[0x48, 0xcb],                   // retfq
+    &[0x8e, 0xd0],                   // mov ss, eax
+    &[0x8e, 0xd8],                   // mov ds, eax
+    &[0x8e, 0xe0],                   // mov fs, eax
+    &[0x8e, 0xe8],                   // mov gs, eax
+    &[0x0f, 0x01, 0x07],             // sgdt [rdi]
+    &[0x0f, 0x01, 0x0f],             // sidt [rdi]
+    &[0x0f, 0x01, 0xe0],             // smsw eax
+    &[0x0f, 0x00, 0xc8],             // str eax
+    &[0x0f, 0x00, 0xc0],             // sldt eax
+    &[0x0f, 0x01, 0xd1],             // xsetbv
+    &[0x0f, 0x01, 0xef],             // wrpkru
+    &[0x0f, 0xc7, 0xf0],             // rdrand eax
+    &[0x0f, 0x33],                   // rdpmc
+    &[0x0f, 0x01, 0xc8],             // monitor
+    &[0x0f, 0x01, 0xc9],             // mwait
+    &[0x0f, 0x01, 0xf9],             // rdtscp
+    &[0x0f, 0xa2],                   // cpuid
+    &[0x0f, 0x09],                   // wbinvd
+    &[0x0f, 0x21, 0xc0],             // mov rax, dr0
+    &[0x0f, 0x23, 0xf8],             // mov dr7, rax
+    &[0x0f, 0x22, 0xc0],             // mov cr0, rax
+    &[0x44, 0x0f, 0x20, 0xc0],       // mov rax, cr8
+    &[0xf3, 0x48, 0x0f, 0xae, 0xd0], // wrfsbase rax
+    &[0xf3, 0x48, 0x0f, 0xae, 0xd8], // wrgsbase rax
+    &[0x9d],                         // popfq
+    &[0xe6, 0xd5],                   // out 0xd5, al
+    &[0xe4, 0xd5],                   // in al, 0xd5
+    &[0xf3, 0x6e],                   // rep outsb
+    &[0xcd, 0x80],                   // int 0x80
+    &[0xcc],                         // int3
+    &[0x0f, 0x05],                   // syscall
+    &[0xff, 0xe0],                   // jmp rax
+    &[0x0f, 0xae, 0x0f],             // fxrstor [rdi]
+    &[0x0f, 0xae, 0x2f],             // xrstor [rdi]
+    &[0xdb, 0xe3],                   // fninit
+    &[0xc7, 0xf8, 0, 0, 0, 0],       // xbegin
+];
+
+fn hostile_program(dice: &mut Dice) -> Vec<u8> {
+    let mut code = Vec::new();
+    for _ in 0..dice.throw() % 4 {
+        code.extend_from_slice(NASTY[dice.throw() as usize % NASTY.len()]);
+    }
+    code.extend((0..8).flat_map(|_| dice.throw().to_le_bytes()));
+    for _ in 0..dice.throw() % 4 {
+        code.extend_from_slice(NASTY[dice.throw() as usize % NASTY.len()]);
+    }
+    code
+}
+
+/// Registers as likely to be a guard's address, a selector or a page of the
+/// program as anything else.
+fn hostile_value(dice: &mut Dice) -> u64 {
+    const LIKELY: [u64; 16] = [
+        0,
+        3,
+        0x10,
+        0x23,
+        0x2b,
+        0x33,
+        0x40,
+        0xd5,
+        CODE,
+        DATA,
+        DATA + PAGE - 1,
+        STACK + PAGE,
+        0x7fff_8000_0000,
+        0x7fff_8000_1000,
+        0x7fff_ffff_ffff,
+        0xffff_8000_0000_0000,
+    ];
+    match dice.throw() % 4 {
+        0 => dice.throw(),
+        1 => dice.throw() >> (dice.throw() % 64),
+        _ => LIKELY[dice.throw() as usize % LIKELY.len()],
+    }
+}
+
+/// `DUNE_HOSTILE_PROGRAMS` sets how many are tried, `DUNE_HOSTILE_SEED` which.
+#[test]
+fn no_instruction_harms_the_engine() {
+    const ITIMER_REAL: i32 = 0;
+    const SIGALRM: i32 = 14;
+    let setting = |name: &str, default: u64| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(default)
+    };
+    let programs = setting("DUNE_HOSTILE_PROGRAMS", 200);
+    let mut dice = Dice(setting("DUNE_HOSTILE_SEED", 0x5eed));
+    let mut program = Program::new(&[0x90; 64]);
+    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
+    // SAFETY: the handler stores one byte.
+    unsafe { signal(SIGALRM, on_alarm) };
+    let every = [0, 5_000, 0, 5_000];
+    // SAFETY: the value is two pairs of seconds and microseconds.
+    unsafe { setitimer(ITIMER_REAL, &raw const every, std::ptr::null_mut()) };
+    let mut seen = std::collections::BTreeMap::new();
+    for number in 0..programs {
+        let code = hostile_program(&mut dice);
+        mprotect(CODE, PAGE, PROT_READ_WRITE);
+        // SAFETY: the page is the program's and writable now.
+        unsafe { (CODE as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+        mprotect(CODE, PAGE, PROT_READ);
+        let regs = &mut program.user.regs;
+        for register in [
+            &mut regs.rax,
+            &mut regs.rbx,
+            &mut regs.rcx,
+            &mut regs.rdx,
+            &mut regs.rsi,
+            &mut regs.rdi,
+            &mut regs.rbp,
+            &mut regs.rsp,
+            &mut regs.r8,
+            &mut regs.r11,
+        ] {
+            *register = hostile_value(&mut dice);
+        }
+        regs.rip = CODE;
+        regs.rflags = hostile_value(&mut dice);
+        program.user.fs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
+        program.user.gs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
+        program.faults = 0;
+        for _ in 0..6 {
+            let trap = match program.try_run() {
+                Ok(trap) => trap,
+                Err(error) => panic!("program {number}, {code:02x?}: {error}"),
+            };
+            let kind = match trap {
+                Trap::Exception { vector, .. } => format!("exception {vector}"),
+                Trap::PageFault { .. } => "page fault".to_owned(),
+                other => format!("{other:?}"),
+            };
+            *seen.entry(kind).or_insert(0_u32) += 1;
+            let rflags = program.user.regs.rflags & !UserState::RFLAGS_USER;
+            // A kick that comes first leaves everything as it was.
+            let untouched = trap == Trap::Interrupted;
+            assert!(
+                untouched || rflags == 0x202,
+                "program {number}, {code:02x?}: {rflags:#x}"
+            );
+            // As a handler would that goes on behind the fault.
+            program.user.regs.rip = CODE + dice.throw() % 80;
+        }
+    }
+    let never = [0; 4];
+    // SAFETY: as above.
+    unsafe { setitimer(ITIMER_REAL, &raw const never, std::ptr::null_mut()) };
+    KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
+    println!("{seen:?}");
+    // The engine is as good as new.
+    mprotect(CODE, PAGE, PROT_READ_WRITE);
+    let code = sum();
+    // SAFETY: the page is the program's and writable now.
+    unsafe { (CODE as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+    mprotect(CODE, PAGE, PROT_READ);
+    program.user = UserState::default();
+    program.user.regs.rip = CODE;
+    program.user.regs.rdi = DATA;
+    program.user.regs.rsp = STACK + STACK_LEN;
+    program.engine.reset_xstate().unwrap();
+    loop {
+        match program.run() {
+            Trap::Interrupted => {}
+            trap => break assert_eq!(trap, Trap::Syscall),
+        }
+    }
+    assert_eq!(program.user.regs.rax, 500_000_500_000);
+}
+
 /// The best of several batches: what the thing costs when nobody else wants
 /// the processor.
 fn best(batches: u32, in_each: u32, mut once: impl FnMut()) -> Duration {
@@ -1012,7 +1210,7 @@ fn measure() {
     program.syscall();
     println!(
         "system call and back: {:?}",
-        best(100, 50, || drop(program.syscall()))
+        best(100, 50, || _ = program.syscall())
     );
     drop(program);
 

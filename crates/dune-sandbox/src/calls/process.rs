@@ -3,8 +3,8 @@
 use std::ffi::CString;
 
 use linux_raw_sys::general::{
-    __NR_prctl, __NR_prlimit64, AT_EMPTY_PATH, AT_FDCWD, RLIM_NLIMITS, RLIMIT_AS, RLIMIT_CORE,
-    RLIMIT_DATA, RLIMIT_STACK,
+    __NR_capget, __NR_prctl, __NR_prlimit64, AT_EMPTY_PATH, AT_FDCWD, RLIM_NLIMITS, RLIMIT_AS,
+    RLIMIT_CORE, RLIMIT_DATA, RLIMIT_STACK,
 };
 use linux_raw_sys::prctl::{
     PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_GET_CHILD_SUBREAPER, PR_GET_DUMPABLE, PR_GET_KEEPCAPS,
@@ -107,6 +107,17 @@ impl Limits {
     }
 }
 
+/// Whether the process has `CAP_SYS_RESOURCE`.
+fn may_raise_limits() -> bool {
+    const VERSION_3: u32 = 0x2008_0522;
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let header = [VERSION_3, 0];
+    // Effective, permitted, inheritable; low and high half.
+    let mut data = [[0_u32; 3]; 2];
+    let args = [own(&header), own_mut(&mut data), 0, 0, 0, 0];
+    forward_always(__NR_capget, args).is_ok() && data[0][0] & (1 << CAP_SYS_RESOURCE) != 0
+}
+
 fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult {
     let resource = resource as u32;
     if resource >= RLIM_NLIMITS {
@@ -125,7 +136,7 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
                 if new[0] > new[1] {
                     return Err(Errno::EINVAL);
                 }
-                if new[1] > limit[1] {
+                if new[1] > limit[1] && !may_raise_limits() {
                     return Err(Errno::EPERM);
                 }
                 *limit = new;

@@ -19,8 +19,9 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general::{
-    __NR_dup3, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_read, __NR_readlinkat,
-    __NR_write, AT_FDCWD, MFD_CLOEXEC, O_CLOEXEC, O_PATH, PROC_SUPER_MAGIC, S_IFCHR, S_IFMT,
+    __NR_dup3, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_prlimit64, __NR_read,
+    __NR_readlinkat, __NR_write, AT_FDCWD, MFD_CLOEXEC, O_CLOEXEC, O_PATH, PROC_SUPER_MAGIC,
+    RLIMIT_FSIZE, S_IFCHR, S_IFMT,
 };
 
 use crate::calls::file::give_up;
@@ -248,6 +249,13 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
 
 /// Puts a file with `text` in the place of the descriptor `opened`.
 fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
+    // Writing past the program's file size limit would kill it.
+    let mut limit = [0_u64; 2];
+    let get = [0, u64::from(RLIMIT_FSIZE), 0, own_mut(&mut limit), 0, 0];
+    forward_always(__NR_prlimit64, get)?;
+    if limit[0] < text.len() as u64 {
+        return Err(Errno::EFBIG);
+    }
     let name = c"proc";
     let args = [own(name), u64::from(MFD_CLOEXEC), 0, 0, 0, 0];
     let file = forward_always(__NR_memfd_create, args)?;
