@@ -97,7 +97,7 @@ impl Machine {
             };
             let gate = Gate::interrupt(stubs + number as u64 * STUB_SIZE, ist, ring);
             // SAFETY: the table has room for every vector.
-            unsafe { interrupt_table.add(number).write(gate) };
+            unsafe { interrupt_table.wrapping_add(number).write(gate) };
         }
         let maps = std::fs::read_to_string("/proc/self/maps").map_err(EnterError::Maps)?;
         let machine = Self {

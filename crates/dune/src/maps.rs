@@ -154,11 +154,16 @@ mod tests {
 ";
 
     fn ask(address: u64, piece: usize) -> Option<Rights> {
-        let mut scan = Scan::new(address);
-        MAP.as_bytes()
-            .chunks(piece)
-            .find_map(|c| scan.feed(c))
-            .flatten()
+        let (mut scan, mut found) = (Scan::new(), None);
+        for text in MAP.as_bytes().chunks(piece) {
+            scan.feed(text, &mut |m| {
+                if (m.start..m.end).contains(&address) {
+                    found = Some(m.rights);
+                }
+                found.is_none()
+            });
+        }
+        found
     }
 
     #[test]

@@ -101,9 +101,19 @@ impl UserContext {
         machine.cover(inner as u64, layout.size() as u64)?;
         let xsave = context.xsave();
         // SAFETY: within the area.
-        unsafe { xsave.add(XSTATE_MXCSR).cast::<u32>().write(DEFAULT_MXCSR) };
+        unsafe {
+            xsave
+                .wrapping_add(XSTATE_MXCSR)
+                .cast::<u32>()
+                .write(DEFAULT_MXCSR)
+        };
         // SAFETY: as above.
-        unsafe { xsave.add(XSTATE_FCW).cast::<u16>().write(DEFAULT_FCW) };
+        unsafe {
+            xsave
+                .wrapping_add(XSTATE_FCW)
+                .cast::<u16>()
+                .write(DEFAULT_FCW)
+        };
         let frame = context.registers_mut();
         frame.rip = rip;
         frame.rsp = rsp;

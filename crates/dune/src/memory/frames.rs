@@ -113,7 +113,7 @@ impl Tables {
         };
         // SAFETY: only tables are ever asked for: frames of the arena or of the identity
         // tables, which are never unmapped, and have 512 entries.
-        Some(unsafe { &*(host as *const AtomicU64).add(index & (ENTRIES - 1)) })
+        Some(unsafe { &*(host as *const AtomicU64).wrapping_add(index & (ENTRIES - 1)) })
     }
 }
 

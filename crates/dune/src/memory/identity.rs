@@ -106,7 +106,7 @@ impl IdentityTables {
 
     fn pdpt(&self, index: usize) -> &[AtomicU64; ENTRIES] {
         // SAFETY: HALF tables follow the top; the index is masked to them.
-        unsafe { &*self.base.add(1 + (index & (HALF - 1))) }
+        unsafe { &*self.base.wrapping_add(1 + (index & (HALF - 1))) }
     }
 
     /// Guest physical address of the PML4.
@@ -169,7 +169,11 @@ impl IdentityTables {
         for index in 0..ENTRIES as u64 {
             let leaf = (guest + index * TWO_MIB) | WINDOW_LEAF;
             // SAFETY: a fresh page of 512 entries.
-            unsafe { (directory as *mut u64).add(index as usize).write(leaf) };
+            unsafe {
+                (directory as *mut u64)
+                    .wrapping_add(index as usize)
+                    .write(leaf)
+            };
         }
         entry.store(table | TABLE | USER, Ordering::Release);
         Ok(())

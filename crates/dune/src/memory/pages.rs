@@ -82,7 +82,7 @@ impl Pages {
             unsafe {
                 self.start
                     .as_ptr()
-                    .add(offset + index)
+                    .wrapping_add(offset + index)
                     .write_volatile(*byte)
             };
         }
@@ -100,7 +100,12 @@ impl Pages {
         }
         for (index, byte) in into.iter_mut().enumerate() {
             // SAFETY: within the mapping, as was checked.
-            *byte = unsafe { self.start.as_ptr().add(offset + index).read_volatile() };
+            *byte = unsafe {
+                self.start
+                    .as_ptr()
+                    .wrapping_add(offset + index)
+                    .read_volatile()
+            };
         }
         true
     }

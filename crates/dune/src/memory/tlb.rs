@@ -168,12 +168,9 @@ impl SpaceTlb {
         let mut running = false;
         for area in ThreadArea::all() {
             // SAFETY: areas are never freed; the fields are atomic.
-            let (valid, runs) = unsafe {
-                (
-                    &(*area.as_ptr()).valid_pcids,
-                    &(*area.as_ptr()).running_pcid,
-                )
-            };
+            let valid = unsafe { &(*area.as_ptr()).valid_pcids };
+            // SAFETY: as above.
+            let runs = unsafe { &(*area.as_ptr()).running_pcid };
             valid.clear(self.pcid);
             running |= runs.load(Ordering::SeqCst) == u32::from(self.pcid) + 1;
         }
