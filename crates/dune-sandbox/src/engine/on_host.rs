@@ -36,7 +36,9 @@
 //! Filled when the program faults, a whole block of them at a time, and more
 //! where it runs through memory in order. A weak KVM shadows them and does not
 //! see them change; that the engine takes entries away only ahead of a change
-//! of the host's mapping ([`Engine::revoke`]) makes up for it.
+//! of the host's mapping ([`Engine::revoke`]) makes up for it. For the same
+//! reason a page that held a table never holds another one: KVM would go on
+//! using what it knew of the first.
 #![expect(
     unsafe_code,
     reason = "the guard's pages in the guest and the kick byte"
@@ -74,6 +76,9 @@ const MOST_AHEAD: u64 = 64 << 20;
 
 /// The first address that is not canonical.
 const LOWER_HALF_END: u64 = 1 << 47;
+
+/// Of a page fault's error code: PKRU forbids the access.
+const PROTECTION_KEY: u32 = dune_x86::trap::PageFaultError::PROTECTION_KEY.bits();
 
 /// Where the vCPU stands between two runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -361,6 +366,12 @@ impl OnHost {
             // The CPU itself wanted something at ring 0's level for an
             // instruction of ring 3 (a descriptor): no page helps.
             vector::PAGE_FAULT if error & PageFaultError::USER.bits() == 0 => general_protection(),
+            // No page helps against the program's own protection keys either.
+            vector::PAGE_FAULT if error & PROTECTION_KEY != 0 => Trap::Exception {
+                vector: number,
+                error,
+                dr6: 0,
+            },
             vector::PAGE_FAULT => {
                 self.page_fault(segments.cr2, PageFaultError::from_bits_truncate(error))
             }

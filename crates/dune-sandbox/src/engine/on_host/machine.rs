@@ -587,8 +587,9 @@ mod control {
     const OSXSAVE: u64 = 1 << 18;
     const SMEP: u64 = 1 << 20;
     const SMAP: u64 = 1 << 21;
-    const PKE: u64 = 1 << 22;
 
+    /// Without PKE: the sandbox has no calls for protection keys, so that a
+    /// program which changes PKRU could only lock itself out.
     pub(super) fn cr4(features: &Features) -> u64 {
         [
             (features.umip, UMIP),
@@ -596,7 +597,6 @@ mod control {
             (features.xcr0_mask != 0, OSXSAVE),
             (features.smep, SMEP),
             (features.smap, SMAP),
-            (features.pku, PKE),
         ]
         .iter()
         .filter(|(present, _)| *present)
