@@ -118,6 +118,9 @@ const HEADER_END: usize = 576;
 const DEFAULT_MXCSR: u32 = 0x1f80;
 const MXCSR_MASK: u32 = 0xffff;
 
+/// What `build` and the functions that it calls use of the stack, at most.
+const DELIVERY_STACK: u64 = 8 << 10;
+
 /// `UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS`.
 const CONTEXT_FLAGS: u64 = 7;
 
@@ -301,15 +304,25 @@ fn build(
         && area.altstack.flags & SS_DISABLE == 0
         && !area.altstack.in_use(frame.rsp)
         && !on_trap_stack;
-    let top = if on_altstack {
-        area.altstack.base.wrapping_add(area.altstack.size)
-    } else {
-        frame.rsp.wrapping_sub(RED_ZONE)
+    let place = |top: u64| {
+        let fp = top.wrapping_sub(size + 4) & !63;
+        // As after a call: a multiple of 16 plus 8.
+        let at = (fp.wrapping_sub(size_of::<Frame>() as u64) & !15).wrapping_sub(8);
+        (fp, at)
     };
-    let fp = top.wrapping_sub(size + 4) & !63;
-    // As after a call: a multiple of 16 plus 8.
-    let at = (fp.wrapping_sub(size_of::<Frame>() as u64) & !15).wrapping_sub(8);
-    if on_altstack && at < area.altstack.base {
+    let below_red_zone = place(frame.rsp.wrapping_sub(RED_ZONE));
+    // Below an interrupted handler of an exception are this trap's own frame and the stack
+    // that this function runs on. They are needed until the trap returns.
+    let is_free = !on_trap_stack || below_red_zone.1 >= frame.xsave + size;
+    let here = 0_u8;
+    let (fp, at) = if on_altstack {
+        place(area.altstack.base.wrapping_add(area.altstack.size))
+    } else if is_free {
+        below_red_zone
+    } else {
+        place((&raw const here as u64).wrapping_sub(DELIVERY_STACK))
+    };
+    if on_altstack && at < area.altstack.base || on_trap_stack && at < area.trap_limit {
         return false;
     }
 
