@@ -11,7 +11,7 @@
 //!   <--------------------------------------------------------  run (weak KVM, after SYSCALL)
 //! ```
 //!
-//! Ring 0 of the guest holds nothing but stubs of one `out` each ([`layout`]),
+//! Ring 0 of the guest holds nothing but stubs of one `out` each (module `layout`),
 //! so the engine works under a KVM that interprets ring 0 as well as under one
 //! that runs it. Registers go in and out through the area that KVM shares
 //! (`KVM_CAP_SYNC_REGS`), so that a trap costs one system call, `KVM_RUN`.
