@@ -47,7 +47,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The path cannot be followed for another reason.
-    #[error("{}: cannot be looked up: {errno}", shown(.path))]
+    #[error("{}: cannot be looked up: {errno}{}", shown(.path), remedy_for(*.errno))]
     Lookup {
         /// The file.
         path: PathBuf,
@@ -87,7 +87,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// Reading the file failed.
-    #[error("{}: cannot be read: {errno}", shown(.path))]
+    #[error("{}: cannot be read: {errno}{}", shown(.path), remedy_for(*.errno))]
     Read {
         /// The file.
         path: PathBuf,
@@ -153,8 +153,9 @@ pub enum ImageError {
     },
     /// The dynamic linker that a program names cannot be used.
     #[error(
-        "{}: its dynamic linker cannot be used: {error}; install the libc it was built for",
-        shown(.program)
+        "{}: its dynamic linker cannot be used: {error}{}",
+        shown(.program),
+        linker_remedy_for(error.errno())
     )]
     DynamicLinker {
         /// The program.
@@ -216,6 +217,25 @@ impl ImageError {
             Self::Plan { .. } => Errno::NOMEM,
             Self::Stack(error) => error.errno(),
         }
+    }
+}
+
+/// What to do about a limit of the machine; nothing for other causes.
+fn remedy_for(errno: Errno) -> &'static str {
+    match errno {
+        Errno::MFILE => "; raise `ulimit -n`",
+        Errno::NFILE => "; raise `fs.file-max` (sysctl)",
+        Errno::NOMEM => "; free some memory",
+        _ => "",
+    }
+}
+
+/// The dynamic linker itself is the trouble unless a limit was met on the way.
+fn linker_remedy_for(errno: Errno) -> &'static str {
+    if remedy_for(errno).is_empty() {
+        "; install the libc it was built for"
+    } else {
+        ""
     }
 }
 
@@ -310,6 +330,19 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_limit_is_no_fault_of_the_dynamic_linker() {
+        let message = |errno| {
+            ImageError::DynamicLinker {
+                program: "/program".into(),
+                error: Box::new(lookup_error(Path::new("/linker"), errno)),
+            }
+            .to_string()
+        };
+        assert!(message(Errno::MFILE).ends_with("; raise `ulimit -n`"));
+        assert!(message(Errno::NOENT).ends_with("; install the libc it was built for"));
     }
 
     #[test]
