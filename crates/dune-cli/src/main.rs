@@ -12,9 +12,11 @@
 //! raw mode while a command runs in it, and takes care of that itself.)
 
 mod check;
+mod memory;
 mod observed;
 mod output;
 mod run;
+mod streams;
 mod syscalls;
 mod watchdog;
 
@@ -25,6 +27,9 @@ use clap::{Parser, Subcommand};
 /// What Dune ends with when it is Dune that failed, not the program: as
 /// `env`, `nice` and `timeout` do.
 const DUNE_FAILED: u8 = 125;
+
+#[global_allocator]
+static MEMORY: memory::OrEnd = memory::OrEnd;
 
 /// Safe, direct use of the privileged CPU for ordinary Linux processes.
 #[derive(Debug, Parser)]
@@ -45,7 +50,7 @@ enum Task {
 
 const EXIT_CODES: &str = "\
 Exit codes of `run` and `lab`:
-  0-124  the program's own
+  0-124  the program's own (2 also: wrong usage of dune)
   124    it was ended by --timeout
   125    Dune failed (the message says why)
   126    the program cannot be executed
@@ -82,7 +87,7 @@ fn lab(args: &dune_lab::LabArgs) -> ExitCode {
     match dune_lab::run(args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            output::complain(&error);
+            output::complain(&output::with_remedy(&error));
             ExitCode::from(error.exit_code())
         }
     }

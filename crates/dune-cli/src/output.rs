@@ -1,5 +1,6 @@
 //! What the command prints.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, Write};
 
@@ -23,7 +24,35 @@ pub(crate) fn complain_of(error: &anyhow::Error) {
         }
         text.push_str(&cause);
     }
+    add_remedy(&mut text, error.as_ref());
     complain(&text);
+}
+
+/// The error's message, and what to do about a limit of the machine that is
+/// the cause of it.
+pub(crate) fn with_remedy(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    add_remedy(&mut text, error);
+    text
+}
+
+/// Limits are met in the middle of anything, so the remedy is found here and
+/// not said by each of the many errors.
+fn add_remedy(text: &mut String, error: &(dyn Error + 'static)) {
+    let errno = std::iter::successors(Some(error), |&error| error.source())
+        .find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
+    let remedy = match errno {
+        Some(libc::EMFILE) => "raise `ulimit -n`",
+        Some(libc::ENFILE) => "raise `fs.file-max` (sysctl)",
+        Some(libc::ENOMEM) => "free some memory or raise its limit (`ulimit -v`)",
+        Some(libc::EAGAIN) => "end some processes or raise `ulimit -u`",
+        Some(libc::ENOSPC) => "free some space on that disk",
+        _ => return,
+    };
+    if !text.contains(remedy) {
+        text.push_str("; ");
+        text.push_str(remedy);
+    }
 }
 
 /// The message as one line, whatever is in it.
@@ -59,5 +88,16 @@ mod tests {
     #[test]
     fn a_message_is_one_line() {
         assert_eq!(one_line("cause:\n\n  remedy\n"), "cause:; remedy");
+    }
+
+    #[test]
+    fn a_limit_has_its_remedy_once() {
+        let error = io::Error::from_raw_os_error(libc::EMFILE);
+        let text = with_remedy(&error);
+        assert!(text.ends_with("; raise `ulimit -n`"), "{text}");
+        let error = anyhow::Error::new(error).context("raise `ulimit -n`");
+        let mut text = "no descriptor; raise `ulimit -n`".to_owned();
+        add_remedy(&mut text, error.as_ref());
+        assert_eq!(text.matches("ulimit").count(), 1, "{text}");
     }
 }

@@ -12,15 +12,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, Parser, ValueEnum};
-use dune_kvm::probe::{self, Placement, PlacementRequest};
+use dune_kvm::probe::{self, Kvm, Placement, PlacementRequest, ProbeError};
 use dune_sandbox::engine::Engine;
 use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
 use dune_sandbox::{Command, MissingCall};
 
-use crate::{observed, output, watchdog};
+use crate::{observed, output, streams, watchdog};
 
 /// Run a program in the sandbox: unmodified, in ring 3 of a virtual CPU.
 #[derive(Debug, Args)]
@@ -102,8 +102,36 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         Some(place) => probe::probe().choose(place.into())?,
     };
     match placement {
-        Placement::Lab => in_lab(args),
+        Placement::Lab => {
+            if !is_asked_for_the_lab(args) {
+                check_limits()?;
+            }
+            in_lab(args)
+        }
         Placement::InGuest | Placement::OnHost => here(args, placement),
+    }
+}
+
+fn is_asked_for_the_lab(args: &RunArgs) -> bool {
+    let lab = PlacementRequest::Only(Placement::Lab);
+    match args.placement {
+        Some(place) => PlacementRequest::from(place) == lab,
+        None => probe::request_from_environment() == Ok(lab),
+    }
+}
+
+/// A KVM that could not be tried for want of descriptors or memory is no
+/// reason to go to the lab, which needs more of both.
+fn check_limits() -> anyhow::Result<()> {
+    let Kvm::Broken(error) = &probe::probe().kvm else {
+        return Ok(());
+    };
+    let (ProbeError::Open(errno) | ProbeError::Call { error: errno, .. }) = error else {
+        return Ok(());
+    };
+    match errno.0 {
+        libc::EMFILE | libc::ENFILE | libc::ENOMEM => bail!("{error}"),
+        _ => Ok(()),
     }
 }
 
@@ -118,6 +146,7 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
         Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
     };
     let (engine, mut observer) = observed::observe(engine)?;
+    streams::close_again();
     match command.run(Box::new(engine)) {
         Ok(outcome) => {
             if let Some(warning) = missing_calls(&outcome.missing).filter(|_| !args.quiet) {
@@ -130,7 +159,7 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
             outcome.end.leave()
         }
         Err(error) => {
-            observer.say(&output::one_line(&error));
+            observer.say(&output::one_line(&output::with_remedy(&error)));
             Ok(ExitCode::from(error.exit_code()))
         }
     }
