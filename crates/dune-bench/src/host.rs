@@ -19,6 +19,9 @@ pub(crate) struct Machine {
     kvm: String,
     /// Whether the CPU is an emulated one: the lab.
     emulated: bool,
+    /// Load of the machine over the last minute when the run began; above the number of
+    /// CPUs, times are not to be trusted.
+    load: f64,
     clock: Calibration,
     samples: usize,
 }
@@ -37,6 +40,10 @@ impl Machine {
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
                 .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned()),
             kvm: probe::probe().kvm.to_string(),
+            load: fs::read_to_string("/proc/loadavg")
+                .ok()
+                .and_then(|text| text.split(' ').next()?.parse().ok())
+                .unwrap_or(0.0),
             clock: clock.calibration(),
             samples,
         }
@@ -50,9 +57,10 @@ impl Machine {
             memory_mib,
             kernel,
             kvm,
+            load,
             ..
         } = self;
-        format!("{cpu}, {cpus} CPU, {memory_mib} MiB; Linux {kernel}; KVM {kvm}")
+        format!("{cpu}, {cpus} CPU, {memory_mib} MiB; Linux {kernel}; KVM {kvm}; load {load}")
     }
 }
 

@@ -36,6 +36,8 @@ pub(crate) enum Under<'a> {
 pub(crate) struct Cost {
     /// From its start to its end.
     pub(crate) total: Figure,
+    /// The CPU time in that; other programs on the machine disturb it less.
+    pub(crate) cpu: Figure,
     /// What `inner` found in the output.
     pub(crate) inner: Option<Figure>,
 }
@@ -68,12 +70,12 @@ impl Program<'_> {
         samples: usize,
         inner: impl Fn(&str) -> Result<Option<u64>, String>,
     ) -> Result<Cost, String> {
-        let (mut totals, mut inners) = (Vec::new(), Vec::new());
+        let (mut totals, mut cpus, mut inners) = (Vec::new(), Vec::new(), Vec::new());
         // The first one warms up.
         for sample in 0..=samples.min(self.most_samples) {
             let meter = Total::start(clock);
             let output = self.command(under).output();
-            let total = meter.end();
+            let (total, cpu) = meter.end();
             let output = output.map_err(|error| format!("the program does not start: {error}"))?;
             if !output.status.success() {
                 return Err(failure(&output));
@@ -81,11 +83,13 @@ impl Program<'_> {
             let found = inner(&String::from_utf8_lossy(&output.stdout))?;
             if sample > 0 {
                 totals.push(total);
+                cpus.push(cpu);
                 inners.extend(found.map(|ticks| clock.per_operation(ticks, 1)));
             }
         }
         Ok(Cost {
             total: Figure::of(totals),
+            cpu: Figure::of(cpus),
             inner: (!inners.is_empty()).then(|| Figure::of(inners)),
         })
     }
@@ -126,11 +130,13 @@ impl<'a> Total<'a> {
         }
     }
 
-    fn end(self) -> f64 {
+    /// The total, and the CPU time.
+    fn end(self) -> (f64, f64) {
         let wall = clock::ticks() - self.start;
+        let cpu = children_nanoseconds() - self.used;
         match self.clock.unit() {
-            Unit::Nanoseconds => self.clock.per_operation(wall, 1),
-            Unit::Instructions => children_nanoseconds() - self.used,
+            Unit::Nanoseconds => (self.clock.per_operation(wall, 1), cpu),
+            Unit::Instructions => (cpu, cpu),
         }
     }
 }

@@ -17,7 +17,12 @@ pub(crate) fn linux(bench: &Bench, row: &mut Row) {
         row.set_aim(AIM_NANOSECONDS);
     }
     match measure(bench, Under::Nothing) {
-        Ok(cost) => row.add(LINUX, cost.total),
+        Ok(cost) => {
+            row.add(LINUX, cost.total);
+            if bench.meter.clock().unit() == Unit::Nanoseconds {
+                row.add("linux-cpu", cost.cpu);
+            }
+        }
         Err(error) => row.set_missing(error),
     }
 }
@@ -30,7 +35,13 @@ pub(crate) fn dune(bench: &Bench, row: &mut Row) {
         .dune_command()
         .and_then(|dune| measure(bench, Under::Dune(dune)))
     {
-        Ok(cost) => row.add(DUNE, cost.total),
+        Ok(cost) => {
+            row.add(DUNE, cost.total);
+            if bench.meter.clock().unit() == Unit::Nanoseconds {
+                row.add("dune-cpu", cost.cpu);
+                row.note("cpu: the part that other programs on this machine disturb least");
+            }
+        }
         Err(error) => row.set_missing(error),
     }
 }
