@@ -176,8 +176,7 @@ impl Command {
     /// If it cannot be started, or the engine fails.
     pub fn run(self, engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
         check_user_space_is_free()?;
-        // The path is looked up before the directory changes, as by a shell
-        // that does `cd DIR && exec PROGRAM`: relative ones after it.
+        // First, so that relative paths of the program are seen from there.
         if let Some(path) = &self.directory {
             std::env::set_current_dir(path).map_err(|source| RunError::Directory {
                 path: path.clone(),

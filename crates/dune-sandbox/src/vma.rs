@@ -2,7 +2,7 @@
 //! rights.
 //!
 //! This is bookkeeping alone, pure and without any effect on the process; the
-//! calls in [`crate::calls`] keep it equal to what they ask of the host
+//! memory calls keep it equal to what they ask of the host
 //! kernel. It is the only record of what the program may reach: page faults,
 //! copies by the guard and the choice of free addresses are answered from it.
 //!

@@ -522,6 +522,9 @@ fn descriptors(_target: &Target) {
     for fd in suspects() {
         let stat = (&raw mut stat).expose_provenance() as u64;
         refused("fstat", call(__NR_fstat, &[fd, stat]));
+        let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}")).unwrap_or_default();
+        let path = at(path.as_bytes_with_nul());
+        refused("open", call(__NR_open, &[path, u64::from(O_RDWR)]));
         refused("dup", call(__NR_dup, &[fd]));
         refused("ioctl", call(__NR_ioctl, &[fd, 0xae01, 0]));
     }

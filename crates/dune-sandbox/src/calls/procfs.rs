@@ -131,6 +131,8 @@ enum What {
 
 /// Decides by the name that the kernel gives an open file.
 fn view(path: &[u8], pid: u32) -> View {
+    // The kernel says so of a process that has ended since.
+    let path = path.strip_suffix(b" (deleted)").unwrap_or(path);
     let mut names = path.rsplit(|&byte| byte == b'/');
     let name = names.next().unwrap_or_default();
     if matches!(name, b"mem" | b"kcore" | b"kmem") {
@@ -387,6 +389,8 @@ mod tests {
         ] {
             assert_eq!(view(path.as_bytes(), pid), View::Refused, "{path}");
         }
+        assert_eq!(view(b"/proc/1/mem (deleted)", pid), View::Refused);
+        assert_eq!(view(b"(unreachable)/1/mem", pid), View::Refused);
         assert_eq!(view(b"/proc/4711/maps", pid), View::Rendered(What::Maps));
         assert_eq!(
             view(b"/proc/4711/task/4711/maps", pid),
