@@ -57,6 +57,7 @@ impl Tally {
             .and_then(|test| test.split_once(" ... "))
         {
             let entry = format!("{}: {}", self.target, name.trim_end());
+            self.forget_skip(&entry);
             if outcome.starts_with("FAILED") {
                 self.failures.push(entry);
             } else if let Some(reason) = outcome.strip_prefix("ignored") {
@@ -72,6 +73,18 @@ impl Tally {
             self.failed += 1;
             self.failures
                 .push(format!("{}: it died before its end", self.target));
+        }
+    }
+
+    /// A test that was skipped before and runs now was not skipped.
+    fn forget_skip(&mut self, entry: &str) {
+        let is_it = |skip: &String| {
+            skip.strip_prefix(entry)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+        };
+        if let Some(index) = self.skips.iter().position(is_it) {
+            self.skips.remove(index);
+            self.skipped = self.skipped.saturating_sub(1);
         }
     }
 
@@ -128,6 +141,25 @@ mod tests {
         assert_eq!(tally.to_string(), "2 passed, 1 failed, 1 skipped");
         assert_eq!(tally.failures, ["tests/a.rs: two"]);
         assert_eq!(tally.skips, ["tests/a.rs: three not today"]);
+    }
+
+    #[test]
+    fn what_runs_later_was_not_skipped() {
+        let result = |ignored, passed| {
+            format!(
+                "test result: ok. {passed} passed; 0 failed; {ignored} ignored; 0 measured; \
+                 0 filtered out; finished in 0.00s\n"
+            )
+        };
+        let text = format!(
+            "     Running tests/a.rs (deps/a-01)\nrunning 1 test\ntest one ... ignored, slow\n{}\
+                  Running tests/a.rs (deps/a-01)\nrunning 1 test\ntest one ... ok\n{}",
+            result(1, 0),
+            result(0, 1)
+        );
+        let tally = tally(&text);
+        assert_eq!(tally.to_string(), "1 passed, 0 failed, 0 skipped");
+        assert!(tally.skips.is_empty());
     }
 
     #[test]

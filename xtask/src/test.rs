@@ -67,6 +67,13 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             &mut tally,
             &[("DUNE_TEST_RING0", "intel")],
         )?;
+        let lab = ["-p", "dune-lab", "--test", "intel", "--", "--ignored"];
+        cargo_test(
+            &lab.map(str::to_owned),
+            "the Intel lab's own tests",
+            &mut tally,
+            &[],
+        )?;
     }
     report(&tally, started);
     Ok(if tally.failed == 0 {
@@ -109,7 +116,8 @@ fn cargo_test(
     variables: &[(&str, &str)],
 ) -> Result<()> {
     let mut build = cargo();
-    build.args(["test", "--no-run"]).args(arguments);
+    let for_cargo = arguments.iter().take_while(|word| *word != "--");
+    build.args(["test", "--no-run"]).args(for_cargo);
     if !crate::process::try_run(&mut build)? {
         tally.fail(format!("{what}: it does not build"));
         return Ok(());
