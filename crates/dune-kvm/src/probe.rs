@@ -191,7 +191,9 @@ const fn remedy_for(error: Errno) -> &'static str {
     const ENFILE: Errno = Errno(23);
     const EMFILE: Errno = Errno(24);
     const EBUSY: Errno = Errno(16);
+    const ENOTTY: Errno = Errno(25);
     match error {
+        ENOTTY => "it is no KVM device; as root, remove it and `mknod /dev/kvm c 10 232`",
         EBUSY => "another hypervisor holds the processor's extension; stop it (VirtualBox, VMware)",
         Errno::ENOMEM => "memory is short; free some or raise the limit of this control group",
         EMFILE => "this process has too many open files; raise `ulimit -n`",

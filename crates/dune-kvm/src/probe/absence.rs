@@ -65,12 +65,12 @@ pub(super) fn why_not_open(errno: Errno) -> Kvm {
 }
 
 fn why_absent() -> Absence {
-    let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
-    let any_loaded = loaded("kvm_intel") || loaded("kvm_amd");
+    // The kernel's own list of drivers, which containers see as well.
+    let driver = Path::new("/sys/class/misc/kvm").exists();
     let flags = CpuFlags::read();
     match () {
-        () if any_loaded && in_container() => Absence::Container,
-        () if any_loaded => Absence::NodeMissing,
+        () if driver && in_container() => Absence::Container,
+        () if driver => Absence::NodeMissing,
         () if flags.vmx => Absence::ModuleNotLoaded("kvm_intel"),
         () if flags.svm => Absence::ModuleNotLoaded("kvm_amd"),
         () if flags.hypervisor => Absence::NestedOff,
