@@ -13,26 +13,62 @@ type Test = (&'static str, fn() -> Outcome);
 
 /// Tests of `dune run` in this machine's own placement.
 const RUN: &[Test] = &[
-    ("output_and_status_are_the_programs", output_and_status_are_the_programs),
-    ("a_fatal_signal_is_seen_by_the_parent", a_fatal_signal_is_seen_by_the_parent),
-    ("the_environment_is_what_was_asked_for", the_environment_is_what_was_asked_for),
-    ("the_directory_is_what_was_asked_for", the_directory_is_what_was_asked_for),
-    ("a_time_limit_ends_the_program", a_time_limit_ends_the_program),
-    ("statistics_survive_a_program_that_closes_stderr", statistics_survive_a_closed_stderr),
-    ("standard_input_reaches_the_program", standard_input_reaches_the_program),
+    (
+        "output_and_status_are_the_programs",
+        output_and_status_are_the_programs,
+    ),
+    (
+        "a_fatal_signal_is_seen_by_the_parent",
+        a_fatal_signal_is_seen_by_the_parent,
+    ),
+    (
+        "the_environment_is_what_was_asked_for",
+        the_environment_is_what_was_asked_for,
+    ),
+    (
+        "the_directory_is_what_was_asked_for",
+        the_directory_is_what_was_asked_for,
+    ),
+    (
+        "a_time_limit_ends_the_program",
+        a_time_limit_ends_the_program,
+    ),
+    (
+        "statistics_survive_a_program_that_closes_stderr",
+        statistics_survive_a_closed_stderr,
+    ),
+    (
+        "standard_input_reaches_the_program",
+        standard_input_reaches_the_program,
+    ),
     ("a_kill_leaves_nothing_behind", a_kill_leaves_nothing_behind),
     ("missing_programs_are_127", missing_programs_are_127),
-    ("files_that_are_no_programs_are_126", files_that_are_no_programs_are_126),
+    (
+        "files_that_are_no_programs_are_126",
+        files_that_are_no_programs_are_126,
+    ),
 ];
 
 /// Tests that need no KVM.
 const ANYWHERE: &[Test] = &[
-    ("a_placement_that_is_none_is_refused", a_placement_that_is_none_is_refused),
-    ("a_placement_that_is_not_here_is_refused", a_placement_that_is_not_here_is_refused),
-    ("check_has_a_line_for_each_thing", check_has_a_line_for_each_thing),
+    (
+        "a_placement_that_is_none_is_refused",
+        a_placement_that_is_none_is_refused,
+    ),
+    (
+        "a_placement_that_is_not_here_is_refused",
+        a_placement_that_is_not_here_is_refused,
+    ),
+    (
+        "check_has_a_line_for_each_thing",
+        check_has_a_line_for_each_thing,
+    ),
     ("check_speaks_json", check_speaks_json),
     ("syscalls_are_listed", syscalls_are_listed),
-    ("a_reader_who_goes_away_is_no_failure", a_reader_who_goes_away_is_no_failure),
+    (
+        "a_reader_who_goes_away_is_no_failure",
+        a_reader_who_goes_away_is_no_failure,
+    ),
     ("help_has_examples", help_has_examples),
 ];
 
@@ -40,19 +76,28 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let report = probe::probe();
     let in_lab = report.natural_placement() == Placement::Lab;
-    let reason = if in_lab { report.kvm.to_string() } else { String::new() };
+    let reason = if in_lab {
+        report.kvm.to_string()
+    } else {
+        String::new()
+    };
     let trial = |&(name, test): &Test| Trial::test(name, test);
     let run = RUN.iter().map(|test| {
         // Where there is no KVM, programs run in the lab, which has tests of
         // its own.
-        trial(test).with_kind(reason.clone()).with_ignored_flag(in_lab)
+        trial(test)
+            .with_kind(reason.clone())
+            .with_ignored_flag(in_lab)
     });
     libtest_mimic::run(&arguments, run.chain(ANYWHERE.iter().map(trial)).collect()).exit_code()
 }
 
 fn dune(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dune"));
-    command.args(words).stdin(Stdio::null()).env_remove(probe::PLACEMENT_VARIABLE);
+    command
+        .args(words)
+        .stdin(Stdio::null())
+        .env_remove(probe::PLACEMENT_VARIABLE);
     command
 }
 
@@ -110,8 +155,21 @@ fn the_environment_is_what_was_asked_for() -> Outcome {
     };
     let seen = run(&["run", "--env", "A=b=c", "--", "/usr/bin/env"]);
     assert!(stdout(&seen).contains("A=b=c\n") && stdout(&seen).contains("GIVEN=outside\n"));
-    assert!(!stdout(&seen).contains(probe::PLACEMENT_VARIABLE), "{}", stdout(&seen));
-    let seen = run(&["run", "--clear-env", "--env", "A=1", "--env", "B=", "--", "/usr/bin/env"]);
+    assert!(
+        !stdout(&seen).contains(probe::PLACEMENT_VARIABLE),
+        "{}",
+        stdout(&seen)
+    );
+    let seen = run(&[
+        "run",
+        "--clear-env",
+        "--env",
+        "A=1",
+        "--env",
+        "B=",
+        "--",
+        "/usr/bin/env",
+    ]);
     assert_eq!(stdout(&seen), "A=1\nB=\n");
     let seen = output(&["run", "--env", "nothing", "--", "true"]);
     assert_eq!(seen.status.code(), Some(2));
@@ -188,7 +246,11 @@ fn files_that_are_no_programs_are_126() -> Outcome {
     for path in [
         with_mode("plain", b"text", 0o644),
         with_mode("truncated", b"\x7fELF\x02\x01\x01", 0o755),
-        with_mode("elf32", b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0\x01\0\0\0", 0o755),
+        with_mode(
+            "elf32",
+            b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0\x01\0\0\0",
+            0o755,
+        ),
         folder.path().to_str().unwrap().to_owned(),
     ] {
         let seen = output(&["run", "--", &path]);
@@ -201,10 +263,19 @@ fn files_that_are_no_programs_are_126() -> Outcome {
 fn a_placement_that_is_none_is_refused() -> Outcome {
     let seen = output(&["run", "--placement", "moon", "--", "true"]);
     assert_eq!(seen.status.code(), Some(2));
-    let seen =
-        dune(&["run", "--", "true"]).env(probe::PLACEMENT_VARIABLE, "moon").output().unwrap();
+    let seen = dune(&["run", "--", "true"])
+        .env(probe::PLACEMENT_VARIABLE, "moon")
+        .output()
+        .unwrap();
     assert_eq!(seen.status.code(), Some(125));
-    is_one_line_with(&seen, &[probe::PLACEMENT_VARIABLE, "moon", "auto, guest, host or lab"])
+    is_one_line_with(
+        &seen,
+        &[
+            probe::PLACEMENT_VARIABLE,
+            "moon",
+            "auto, guest, host or lab",
+        ],
+    )
 }
 
 fn a_placement_that_is_not_here_is_refused() -> Outcome {
@@ -220,8 +291,19 @@ fn a_placement_that_is_not_here_is_refused() -> Outcome {
 
 fn check_has_a_line_for_each_thing() -> Outcome {
     let seen = output(&["check"]);
-    for word in ["machine", "/dev/kvm", "dune run", "dune mode", "lab", "qemu"] {
-        assert!(stdout(&seen).contains(word), "{word} is not in\n{}", stdout(&seen));
+    for word in [
+        "machine",
+        "/dev/kvm",
+        "dune run",
+        "dune mode",
+        "lab",
+        "qemu",
+    ] {
+        assert!(
+            stdout(&seen).contains(word),
+            "{word} is not in\n{}",
+            stdout(&seen)
+        );
     }
     assert_eq!(stderr(&seen), "");
     Ok(())
@@ -249,7 +331,10 @@ fn syscalls_are_listed() -> Outcome {
 }
 
 fn a_reader_who_goes_away_is_no_failure() -> Outcome {
-    let mut child = dune(&["syscalls"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child = dune(&["syscalls"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
     drop(child.stdout.take());
     let seen = child.wait_with_output()?;
     assert_eq!((seen.status.code(), stderr(&seen)), (Some(0), ""));
@@ -257,7 +342,12 @@ fn a_reader_who_goes_away_is_no_failure() -> Outcome {
 }
 
 fn help_has_examples() -> Outcome {
-    for words in [&["--help"][..], &["run", "--help"], &["check", "--help"], &["lab", "--help"]] {
+    for words in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["check", "--help"],
+        &["lab", "--help"],
+    ] {
         let seen = output(words);
         assert_eq!(seen.status.code(), Some(0));
         assert!(stdout(&seen).contains("Examples:"), "{words:?}");
