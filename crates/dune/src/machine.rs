@@ -16,6 +16,7 @@ use dune_x86::trap::vector;
 
 use crate::arch;
 use crate::error::EnterError;
+use crate::guest::call::InterruptsOff;
 use crate::maps;
 use crate::memory::FrameArena;
 use crate::memory::identity::{IdentityTables, high};
@@ -174,6 +175,9 @@ impl Machine {
     /// allocation, no lock. Where guest physical space is used up, windows over memory that
     /// is gone are used again.
     pub(crate) fn cover(&self, start: u64, length: u64) -> Result<(), EnterError> {
+        // A signal handler that ran while this thread is setting a window up would wait for
+        // that window for ever, should it need it.
+        let _off = crate::is_inside().then(InterruptsOff::new);
         match self.tables.cover(&self.vm, start, length) {
             Err(EnterError::Platform(VmError::Full { .. })) if self.reclaim() > 0 => {
                 self.tables.cover(&self.vm, start, length)

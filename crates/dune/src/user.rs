@@ -318,11 +318,14 @@ impl Loaded {
         // SAFETY: in Dune mode the current area is this thread's.
         let area = unsafe { &*ThreadArea::current() };
         if pcid == 0 {
-            let before = Cell::new(area.running_pcid.load(Ordering::Relaxed));
+            // The load flushes. What the space leaves behind under the process's own
+            // identifier has to go again on the way back.
+            let before = area.running_pcid.swap(1, Ordering::SeqCst);
+            set_way_back(area.cr3 & !NO_FLUSH);
             return Self {
                 cr3: space.root(),
                 keep: 0,
-                before,
+                before: Cell::new(before),
             };
         }
         let before = area
@@ -359,5 +362,16 @@ impl Drop for Loaded {
         let area = unsafe { &*ThreadArea::current() };
         area.running_pcid
             .store(self.before.get(), Ordering::Release);
+        if self.keep == 0
+            && let Some(machine) = Machine::get()
+        {
+            set_way_back(machine.cr3());
+        }
     }
+}
+
+/// Sets what the entry stub loads when ring 3 comes back on this vCPU.
+fn set_way_back(cr3: u64) {
+    // SAFETY: in Dune mode the current area is this thread's, and the stub is not running.
+    unsafe { (*ThreadArea::current()).cr3 = cr3 };
 }

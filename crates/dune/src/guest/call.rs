@@ -7,8 +7,9 @@
 )]
 
 use core::arch::asm;
+use core::sync::atomic::Ordering;
 
-use crate::arch::{PORT_DIE, PORT_MASK};
+use crate::arch::{PORT_DIE, PORT_MASK, VECTOR_NOTIFY};
 use crate::thread::ThreadArea;
 
 /// Interrupts off until the guard is dropped; then as before.
@@ -27,11 +28,7 @@ impl InterruptsOff {
 
 impl Drop for InterruptsOff {
     fn drop(&mut self) {
-        const IF: u64 = 1 << 9;
-        if self.flags & IF != 0 {
-            // SAFETY: they were on before.
-            unsafe { asm!("sti") };
-        }
+        interrupts_as(self.flags);
     }
 }
 
@@ -40,7 +37,14 @@ pub(crate) fn interrupts_as(rflags: u64) {
     const IF: u64 = 1 << 9;
     if rflags & IF != 0 {
         // SAFETY: the thread is off the interrupt stack.
-        unsafe { asm!("sti", options(nomem, nostack)) };
+        unsafe { asm!("sti") };
+        // The host side leaves a signal that came during a system call to the entry stub,
+        // which could not deliver it.
+        // SAFETY: the area is this thread's.
+        if unsafe { (*ThreadArea::current()).pending.load(Ordering::Relaxed) } != 0 {
+            // SAFETY: the gate leads to the stub that delivers what waits.
+            unsafe { asm!("int {}", const VECTOR_NOTIFY) };
+        }
     }
 }
 

@@ -295,7 +295,10 @@ fn revive(
     this.freed_by_parent = false;
     this.fs_base = sregs.fs.base;
     ThreadArea::equip(machine, NonNull::from(&mut *this))?;
+    let running = this.running_pcid.load(Ordering::Relaxed);
     this.restart_at(machine, registers)?;
+    // The address space that was loaded still is.
+    this.running_pcid.store(running, Ordering::Relaxed);
     this.pid = sys::getpid() as u32;
     this.tid = sys::gettid() as u32;
     let refused = |request| {

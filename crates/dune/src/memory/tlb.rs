@@ -133,7 +133,13 @@ fn flush_everywhere_if_shared() -> bool {
     if ThreadArea::only_one() {
         if SPACES.load(Ordering::Relaxed) != 0 {
             // SAFETY: in Dune mode the current area is this thread's.
-            forget_all(unsafe { &*ThreadArea::current() });
+            let area = unsafe { &*ThreadArea::current() };
+            forget_all(area);
+            if area.running_pcid.load(Ordering::Relaxed) != 0 {
+                // Under another identifier, from which the process's own is out of reach.
+                flush_every_vcpu();
+                return true;
+            }
         }
         return false;
     }
