@@ -6,7 +6,8 @@
 //!   guard page
 //!   host stack      128 KiB   the host side of the thread (and signal frames of the kernel)
 //!   guard page
-//!   trap stack      256 KiB   handlers of exceptions and the delivery of signals
+//!   trap stack      512 KiB   the report that there is no room left (320 KiB), handlers of
+//!                             exceptions and the delivery of signals (192 KiB)
 //!   guard page
 //!   interrupt stack  16 KiB   IST 1: only between a trap and the move to the trap stack
 //!   fatal stack      64 KiB   IST 2: double fault, NMI, machine check
@@ -34,11 +35,12 @@ use crate::signals::{AltStack, SignalTable};
 
 const PAGE: usize = 4096;
 pub(crate) const HOST_STACK: usize = 128 << 10;
-pub(crate) const TRAP_STACK: usize = 256 << 10;
+pub(crate) const TRAP_STACK: usize = 512 << 10;
 const INTERRUPT_STACK: usize = 16 << 10;
 const FATAL_STACK: usize = 64 << 10;
-/// Room that no handler may use: for the report that there is no room left.
-pub(crate) const TRAP_RESERVE: usize = 64 << 10;
+/// Room that no handler may use: for the report that there is no room left. Its backtrace,
+/// which reads debug information, wants more than 64 KiB.
+pub(crate) const TRAP_RESERVE: usize = 320 << 10;
 /// How many threads can be in Dune mode at once: the most vCPUs that any kernel allows.
 pub(crate) const MAX_THREADS: usize = 4096;
 
@@ -72,7 +74,6 @@ pub(crate) struct ThreadArea {
     pub(crate) trap_limit: u64,
     pub(crate) xsave_size: u64,
     pub(crate) low_trap: u64,
-    pub(crate) low_too_deep: u64,
     pub(crate) high_run: u64,
     /// The context that ring 3 is running, by its high alias, and its XSAVE area.
     pub(crate) user: u64,
@@ -184,7 +185,6 @@ impl ThreadArea {
             trap_limit: trap_stack as u64 + TRAP_RESERVE as u64,
             xsave_size: u64::from(machine.xsave_size()),
             low_trap: arch::address(arch::dune_low_trap),
-            low_too_deep: arch::address(arch::dune_low_too_deep),
             high_run: high(arch::address(arch::dune_high_run)),
             user: 0,
             user_xsave: 0,

@@ -128,8 +128,10 @@ dune_vectors:
     mov     %ebx, %gs:{A_SCRATCH}
     mov     %gs:{A_TRAP_HIGH}, %rbx
     mov     %rax, %rcx
+    // The guard page below counts too: a handler that has used up the stack faults there.
     sub     %gs:{A_TRAP_LOW}, %rcx
-    cmp     ${TRAP_STACK_SIZE}, %rcx
+    add     $4096, %rcx
+    cmp     ${TRAP_STACK_SIZE} + 4096, %rcx
     jae     1f
     lea     -128(%rax), %rbx
     mov     %gs:{A_DEPTH}, %ecx
@@ -141,6 +143,7 @@ dune_vectors:
     lea     -{F_SIZE}(%rbx), %rax
     cmp     %gs:{A_TRAP_LIMIT}, %rax
     jb      .Ltoo_deep
+.Lframe_placed:
     // The header of an XSAVE area must be zero before its first use.
     xor     %ecx, %ecx
     mov     %rcx, 512(%rbx)
@@ -187,11 +190,25 @@ dune_vectors:
     jmp     *%gs:{A_LOW_TRAP}
 
 .Ltoo_deep:
-    // No room for one more handler. The last frame's registers are lost, those of this trap
-    // are on the interrupt stack, which is also where the report is written from.
-    lea     24(%rsp), %rdi
-    and     $-16, %rsp
-    jmp     *%gs:{A_LOW_TOO_DEEP}
+    // No room for one more handler: the lower end of the trap stack is kept for the report.
+    // A trap in the report, such as a first touch of memory, goes on below.
+    mov     64(%rsp), %rcx
+    cmp     %gs:{A_TRAP_LIMIT}, %rcx
+    jae     2f
+    cmp     %gs:{A_TRAP_LOW}, %rcx
+    jb      2f
+    cmp     %gs:{A_TRAP_LOW}, %rax
+    jae     .Lframe_placed
+    // The report has no room either.
+    movq    ${SIGSEGV}, %gs:{A_RESULT}
+    out     %al, ${PORT_DIE}
+2:
+    movl    ${STACK_USED_UP}, %gs:{A_SCRATCH}
+    mov     %gs:{A_TRAP_LIMIT}, %rbx
+    sub     %gs:{A_XSAVE_SIZE}, %rbx
+    and     $-64, %rbx
+    lea     -{F_SIZE}(%rbx), %rax
+    jmp     .Lframe_placed
 
 // ---------------------------------------------------------------------------------------
 // The lower half's continuation of a trap: the same code by its ordinary address, so that
@@ -252,11 +269,6 @@ dune_low_trap:
     jmp     .Llow_return
     .cfi_endproc
     .size   dune_low_trap, . - dune_low_trap
-
-    .globl  dune_low_too_deep
-dune_low_too_deep:
-    call    {too_deep}
-    ud2
 
 // ---------------------------------------------------------------------------------------
 // Ring 3. dune_run_user() runs the context at %gs:A_USER until it traps, and returns.

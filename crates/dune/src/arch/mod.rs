@@ -32,6 +32,8 @@ pub(crate) const VECTOR_NOTIFY: u8 = 0xf0;
 /// Result of a forwarded call that was not made, or was interrupted such that it is to be
 /// made again. Linux's ERESTARTSYS, which never reaches a program.
 pub(crate) const RESTART: isize = -512;
+/// Depth of a trap for which there was no room on the trap stack.
+pub(crate) const STACK_USED_UP: u32 = 1 << 30;
 /// Flags of ring 0: interrupts on, and the privilege level that marks it (see entry.S).
 pub(crate) const RING0_FLAGS: u64 = RFLAGS_FIXED | RFLAGS_IF | RFLAGS_IOPL;
 
@@ -44,7 +46,6 @@ unsafe extern "C" {
     pub(crate) fn dune_after_syscall();
     pub(crate) fn dune_vectors();
     pub(crate) fn dune_low_trap();
-    pub(crate) fn dune_low_too_deep();
     pub(crate) fn dune_high_run();
     pub(crate) fn dune_run_user();
     pub(crate) fn dune_enter(area: *mut ThreadArea);
@@ -95,7 +96,6 @@ global_asm!(
     A_TRAP_LIMIT = const offset_of!(ThreadArea, trap_limit),
     A_XSAVE_SIZE = const offset_of!(ThreadArea, xsave_size),
     A_LOW_TRAP = const offset_of!(ThreadArea, low_trap),
-    A_LOW_TOO_DEEP = const offset_of!(ThreadArea, low_too_deep),
     A_HIGH_RUN = const offset_of!(ThreadArea, high_run),
     A_USER = const offset_of!(ThreadArea, user),
     A_USER_XSAVE = const offset_of!(ThreadArea, user_xsave),
@@ -146,6 +146,9 @@ global_asm!(
     PORT_SYSCALL = const PORT_SYSCALL,
     PORT_LEAVE = const PORT_LEAVE,
     PORT_RUNTIME = const PORT_RUNTIME,
+    PORT_DIE = const PORT_DIE,
+    SIGSEGV = const libc::SIGSEGV,
+    STACK_USED_UP = const STACK_USED_UP,
     VECTOR_SYSCALL = const VECTOR_SYSCALL,
     VECTOR_SIGRETURN = const VECTOR_SIGRETURN,
     VECTOR_NOTIFY = const VECTOR_NOTIFY,
@@ -153,7 +156,6 @@ global_asm!(
     RING0_FLAGS = const RING0_FLAGS,
     trap = sym crate::guest::dispatch::trap,
     deliver = sym crate::guest::signals::deliver,
-    too_deep = sym crate::guest::fatal::too_deep,
     host_loop = sym crate::host::run::host_loop,
     child_start = sym crate::host::clone::child_start,
     options(att_syntax),

@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering;
 use dune_x86::descriptors::RFLAGS_IF;
 use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 
-use crate::arch::{self, RESTART, VECTOR_NOTIFY, VECTOR_SIGRETURN, VECTOR_SYSCALL};
+use crate::arch::{self, RESTART, STACK_USED_UP, VECTOR_NOTIFY, VECTOR_SIGRETURN, VECTOR_SYSCALL};
 use crate::exceptions::{self, Outcome};
 use crate::guest::{call, fatal, signals};
 use crate::machine::Machine;
@@ -25,6 +25,7 @@ pub(crate) unsafe extern "C" fn trap(frame: *mut TrapFrame) {
     match frame.vector {
         number @ 0..32 => exception(number as u8, frame),
         VECTOR_SYSCALL => {
+            check_depth(frame);
             if frame.rax as isize == RESTART {
                 // Made again after the handler: `error` holds the number of the call.
                 frame.rip -= SYSCALL_LENGTH;
@@ -32,31 +33,26 @@ pub(crate) unsafe extern "C" fn trap(frame: *mut TrapFrame) {
             }
         }
         VECTOR_SIGRETURN => signals::sigreturn(frame),
-        number if number == u64::from(VECTOR_NOTIFY) => {}
+        number if number == u64::from(VECTOR_NOTIFY) => check_depth(frame),
         _ => exception(frame.vector as u8, frame),
     }
 }
 
 fn exception(number: u8, frame: &mut TrapFrame) {
-    if frame.depth > MAX_DEPTH {
-        fatal::report(
-            frame,
-            "traps are nested too deeply: a handler faults in itself",
-        );
+    if number == vector::PAGE_FAULT {
+        // SAFETY: the area is this thread's.
+        let refused = unsafe { (*ThreadArea::current()).injected.swap(0, Ordering::Relaxed) };
+        if refused == 0
+            && !frame.fault_cause().contains(PageFaultError::PRESENT)
+            && first_touch(frame.cr2, frame.fault_cause())
+        {
+            return;
+        }
     }
+    check_depth(frame);
     match number {
         vector::DOUBLE_FAULT => fatal::report(frame, "double fault"),
         vector::MACHINE_CHECK => fatal::report(frame, "machine check"),
-        vector::PAGE_FAULT => {
-            // SAFETY: the area is this thread's.
-            let refused = unsafe { (*ThreadArea::current()).injected.swap(0, Ordering::Relaxed) };
-            if refused == 0
-                && !frame.fault_cause().contains(PageFaultError::PRESENT)
-                && first_touch(frame.cr2, frame.fault_cause())
-            {
-                return;
-            }
-        }
         // A step of the entry stub itself, on the way back from a system call of code that
         // is being single-stepped.
         vector::DEBUG if frame.rip >> 63 == 1 => return,
@@ -81,6 +77,23 @@ fn exception(number: u8, frame: &mut TrapFrame) {
     }
     call::interrupts_off();
     signals::raise_exception(number, frame);
+}
+
+/// Ends the process where handlers have no room left, or call themselves by trapping.
+fn check_depth(frame: &TrapFrame) {
+    if frame.depth == u64::from(STACK_USED_UP) {
+        fatal::report(
+            frame,
+            "the trap stack is used up: a handler needs too much of it, or handlers trap in \
+             handlers",
+        );
+    }
+    if frame.depth > MAX_DEPTH {
+        fatal::report(
+            frame,
+            "traps are nested too deeply: a handler faults in itself",
+        );
+    }
 }
 
 /// Whether the address lies in memory that the process has and that no window showed at the

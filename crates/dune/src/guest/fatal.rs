@@ -1,7 +1,8 @@
 //! The end of a process that cannot go on: registers and a backtrace, never silence.
-#![expect(unsafe_code, reason = "called by the entry stub")]
+#![expect(unsafe_code, reason = "a raw system call")]
 
 use core::fmt::Write;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::backtrace::Backtrace;
 
 use dune_kvm::sys;
@@ -10,30 +11,27 @@ use dune_x86::trap::TrapFrame;
 use crate::guest::call;
 use crate::guest::signals::signal_of;
 
-/// No room is left on the trap stack. Runs on the part of it that is kept for this.
-///
-/// # Safety
-/// Called by the entry stub.
-pub(crate) unsafe extern "C" fn too_deep(frame: *const TrapFrame) -> ! {
-    // SAFETY: the stub built the frame.
-    report(
-        unsafe { &*frame },
-        "the trap stack is used up: traps nest, or a handler uses too much",
-    );
-}
-
 /// Reports the trap and ends the process by the signal that Linux would have sent.
+///
+/// What traps while the report is written ends the process without another one.
 pub(crate) fn report(frame: &TrapFrame, why: &str) -> ! {
+    call::interrupts_off();
+    static REPORTING: AtomicBool = AtomicBool::new(false);
+    let signal = signal_of(frame.vector as u8).0;
+    if REPORTING.swap(true, Ordering::Relaxed) {
+        call::die(signal);
+    }
     let mut text = Text::default();
     let _ = writeln!(text, "dune: {why}");
     registers(&mut text, frame);
     text.flush();
-    // Whatever holds a lock that the backtrace needs must not keep the process alive.
+    // Whatever holds a lock that the backtrace needs must not keep the process alive. Reading
+    // the debug information takes a while on a busy machine.
     // SAFETY: takes no pointer.
-    let _ = unsafe { sys::raw(ALARM, [10, 0, 0, 0, 0, 0]) };
+    let _ = unsafe { sys::raw(ALARM, [60, 0, 0, 0, 0, 0]) };
     let _ = writeln!(text, "backtrace:\n{}", Backtrace::force_capture());
     text.flush();
-    call::die(signal_of(frame.vector as u8).0);
+    call::die(signal);
 }
 
 const ALARM: usize = 37;
