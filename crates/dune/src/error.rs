@@ -1,10 +1,12 @@
 //! Why Dune mode could not be entered.
 
+use std::fmt;
+
 use dune_kvm::sys::Errno;
 use dune_kvm::vm::VmError;
 
 /// Why Dune mode could not be entered.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum EnterError {
     /// KVM is there, but cannot run ring 0 natively; or it is not there.
@@ -39,4 +41,11 @@ pub enum EnterError {
         /// The limit.
         limit: usize,
     },
+}
+
+/// The message itself: it is what a `main` that returns the error prints.
+impl fmt::Debug for EnterError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
