@@ -128,8 +128,8 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     Ok(range.start())
 }
 
-/// After a failed `MAP_FIXED`: the kernel may have unmapped what was there
-/// before it failed. The table must not promise memory that is gone.
+/// After a failed `MAP_FIXED` or move: the kernel may have unmapped what was
+/// there before it failed. The table must not promise memory that is gone.
 fn forget_if_gone(guard: &mut Guard, range: PageRange) {
     const MS_ASYNC: u64 = 1;
     let probe = [range.start(), range.len(), MS_ASYNC, 0, 0, 0];
@@ -227,14 +227,18 @@ fn protect_piece(
 ) -> Result<(), Errno> {
     let set =
         |prot: u64| forward_always(__NR_mprotect, [piece.start(), piece.len(), prot, 0, 0, 0]);
-    if (effective(old) - effective(new)) == Access::EXEC {
+    let emptied = if (effective(old) - effective(new)) == Access::EXEC {
         // The host does not see that right: make it drop the pages' copies
         // in a shadowing KVM by taking everything first.
-        set(u64::from(PROT_NONE))?;
-    }
-    if let Err(errno) = set(host_prot(new)) {
-        // A part may have changed: undo it, so that no right in the table is
-        // missing in the host.
+        set(u64::from(PROT_NONE))
+    } else {
+        Ok(0)
+    };
+    if let Err(errno) = emptied.and_then(|_| set(host_prot(new))) {
+        // A part may have changed: the host knows several mappings where the
+        // table has one area (`madvise` tells them apart), and goes through
+        // them one by one. Undo it, so that no right in the table is missing
+        // in the host.
         set(host_prot(old))?;
         return Err(errno);
     }
@@ -323,12 +327,23 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
             .find_free(new_len, USER_LO, guard.space.mmap_top)
             .ok_or(Errno::ENOMEM)?
     };
+    // What the kernel would do first, and would not undo if the move failed.
+    let old = match PageRange::new(old.start() + new_len, old.len().saturating_sub(new_len)) {
+        Some(tail) => {
+            unmap(guard, tail)?;
+            PageRange::new(old.start(), new_len).ok_or(Errno::EINVAL)?
+        }
+        None => old,
+    };
     guard.revoke(old)?;
     let moving = u64::from(MREMAP_MAYMOVE | MREMAP_FIXED);
-    forward_always(
-        __NR_mremap,
-        [old.start(), old.len(), new_len, moving, new.start(), 0],
-    )?;
+    let args = [old.start(), old.len(), new_len, moving, new.start(), 0];
+    if let Err(errno) = forward_always(__NR_mremap, args) {
+        // Kernels since 6.17 move mapping by mapping, and may have moved some.
+        let _ = forward_always(__NR_munmap, [new.start(), new.len(), 0, 0, 0, 0]);
+        forget_if_gone(guard, old);
+        return Err(errno);
+    }
     guard.areas.unmap(old);
     guard.areas.map(new, attributes);
     Ok(new.start())
