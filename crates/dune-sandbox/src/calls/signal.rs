@@ -1,14 +1,18 @@
 //! Signal calls that change what the guard keeps; the others are forwarded, as
 //! the host kernel's signals are the program's (see [`crate::signal::record`]).
 
-use crate::calls::Answer;
+use linux_raw_sys::general::{
+    __NR_pidfd_send_signal, __NR_rt_sigqueueinfo, __NR_rt_tgsigqueueinfo,
+};
+
+use crate::calls::{Answer, forward, own};
 use crate::engine::UserState;
 use crate::guard::{Guard, Resume};
 use crate::host::{Errno, SysResult};
 use crate::signal::frame::FaultContext;
 use crate::signal::{
-    Action, AltStack, SI_KERNEL, SIGNALS, SIGSEGV, SS_AUTODISARM, SS_DISABLE, SS_ONSTACK, SigInfo,
-    SigSet, UNBLOCKABLE, bit, host,
+    Action, AltStack, Disposition, SI_KERNEL, SIGNALS, SIGSEGV, SS_AUTODISARM, SS_DISABLE,
+    SS_ONSTACK, SigInfo, SigSet, UNBLOCKABLE, bit, host,
 };
 use crate::table::Args;
 
@@ -64,6 +68,80 @@ pub(crate) fn rt_sigprocmask(guard: &mut Guard, args: Args) -> SysResult {
         guard.memory().write_value(old, &previous)?;
     }
     Ok(0)
+}
+
+pub(crate) fn rt_sigqueueinfo(guard: &mut Guard, user: &mut UserState, args: Args) -> Answer {
+    const INFO: usize = 2;
+    queue::<INFO>(guard, user, __NR_rt_sigqueueinfo, args)
+}
+
+pub(crate) fn rt_tgsigqueueinfo(guard: &mut Guard, user: &mut UserState, args: Args) -> Answer {
+    const INFO: usize = 3;
+    queue::<INFO>(guard, user, __NR_rt_tgsigqueueinfo, args)
+}
+
+/// Sends a signal with a `siginfo` of the program's making. The arguments are
+/// the ids of the target, the signal, and in the place `INFO` its `siginfo`.
+fn queue<const INFO: usize>(
+    guard: &mut Guard,
+    user: &mut UserState,
+    nr: u32,
+    mut args: Args,
+) -> Answer {
+    if args[INFO] == 0 {
+        return Answer::Return(forward(nr, args));
+    }
+    let mut info: SigInfo = match guard.memory().read_value(args[INFO]) {
+        Ok(info) => info,
+        Err(errno) => return Answer::Return(Err(errno)),
+    };
+    info.signo = args[INFO - 1] as i32;
+    let own_id = |&id: &u64| id as u32 == guard.process.pid;
+    if args[..INFO - 1].iter().all(own_id) && info.is_fault_of_the_thread() {
+        return queue_fault(guard, user, info);
+    }
+    // The copy that was looked at.
+    args[INFO] = own(&info);
+    Answer::Return(forward(nr, args))
+}
+
+/// Sends the program what looks like a fault that the kernel found. Others may
+/// not send such a thing; to itself a program may, and crash reporters do. In
+/// the host process it would be taken for a fault of the guard.
+fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> Answer {
+    const SI_QUEUE: i32 = -1;
+    let signal = info.signal();
+    let blocked = guard.signals.mask & bit(signal) != 0;
+    if blocked || guard.signals.action(signal).disposition() != Disposition::Handler {
+        // It waits in the host, or the host acts on it: as an ordinary signal.
+        info.code = SI_QUEUE;
+        let pid = u64::from(guard.process.pid);
+        let args = [pid, u64::from(signal), own(&info), 0, 0, 0];
+        return Answer::Return(forward(__NR_rt_sigqueueinfo, args));
+    }
+    user.regs.rax = 0;
+    match guard.deliver_fault(user, info, FaultContext::default()) {
+        Resume::Continue => Answer::Registers,
+        Resume::Exit(status) => Answer::Exit(status),
+        Resume::Killed(signal) => Answer::Killed(signal),
+    }
+}
+
+/// Without a `siginfo` that looks like a fault: through a descriptor it cannot
+/// be told whether it is for the program itself.
+pub(crate) fn pidfd_send_signal(guard: &mut Guard, args: Args) -> SysResult {
+    let [fd, signal, info, flags, ..] = args;
+    if info == 0 {
+        return forward(__NR_pidfd_send_signal, args);
+    }
+    let info: SigInfo = guard.memory().read_value(info)?;
+    if info.is_fault_of_the_thread() {
+        return Err(Errno::EPERM);
+    }
+    forward(
+        __NR_pidfd_send_signal,
+        [fd, signal, own(&info), flags, 0, 0],
+    )
 }
 
 pub(crate) fn rt_sigreturn(guard: &mut Guard, user: &mut UserState, _args: Args) -> Answer {

@@ -252,7 +252,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_rt_sigqueueinfo,
-        Forwarded,
+        Control(signal::rt_sigqueueinfo),
         [Value, Value, In(Bytes(128))]
     ),
     call_no_restart!(__NR_rt_sigsuspend, Forwarded, [In(Bytes(8)), Value]),
@@ -561,7 +561,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_rt_tgsigqueueinfo,
-        Forwarded,
+        Control(signal::rt_tgsigqueueinfo),
         [Value, Value, Value, In(Bytes(128))]
     ),
     call!(__NR_perf_event_open, Refused(Errno::ENOSYS), []),
@@ -632,7 +632,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_uretprobe, Refused(Errno::ENOSYS), []),
     call!(
         __NR_pidfd_send_signal,
-        Forwarded,
+        Emulated(signal::pidfd_send_signal),
         [Fd, Value, In(Bytes(128)), Value]
     ),
     call!(__NR_io_uring_setup, Refused(Errno::ENOSYS), []),
