@@ -18,6 +18,7 @@ use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use dune_loader::{
     AuxvInputs, Ids, ImageError, InitialStack, Layout, LoadPlan, Machine, Program, Prot,
@@ -122,10 +123,7 @@ pub(crate) fn prepare(
             .unwrap_or(dune_loader::UserRange::EMPTY),
     };
     let plan = program.plan(&layout)?;
-    let machine = Machine::of_host().map_err(|source| LaunchError::Host {
-        what: "/proc/self/auxv",
-        source,
-    })?;
+    let machine = machine()?;
     let [low, high, ..] = random("random numbers")?;
     let mut secret = [0; 16];
     secret[..8].copy_from_slice(&low.to_le_bytes());
@@ -289,6 +287,20 @@ fn map_segment(guard: &mut Guard, segment: &SegmentMap, file: RawFd) -> Result<(
 fn access_of(prot: Prot) -> Access {
     // The bits are those of `mmap` in both.
     Access::from_bits_truncate(prot.bits() as u8)
+}
+
+/// What the host told this process of the machine, asked once: a program that
+/// has given up its identity may not read it any more.
+fn machine() -> Result<Machine, LaunchError> {
+    static MACHINE: OnceLock<Machine> = OnceLock::new();
+    if let Some(machine) = MACHINE.get() {
+        return Ok(*machine);
+    }
+    let machine = Machine::of_host().map_err(|source| LaunchError::Host {
+        what: "/proc/self/auxv",
+        source,
+    })?;
+    Ok(*MACHINE.get_or_init(|| machine))
 }
 
 fn addr(value: u64) -> Result<UserAddr, LaunchError> {

@@ -2,9 +2,11 @@
 
 use std::os::fd::RawFd;
 
-use linux_raw_sys::general::{__NR_close, __NR_close_range, __NR_fcntl, F_GETFD, FD_CLOEXEC};
+use linux_raw_sys::general::{
+    __NR_close, __NR_close_range, __NR_fcntl, __NR_prlimit64, F_GETFD, FD_CLOEXEC, RLIMIT_NOFILE,
+};
 
-use crate::calls::forward_always;
+use crate::calls::{forward_always, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -62,17 +64,9 @@ fn pieces(first: u32, last: u32, hidden: &[RawFd]) -> Vec<(u32, u32)> {
 
 /// Closes what `execve` closes, except `kept`, which the guard still needs.
 pub(crate) fn close_on_exec(guard: &Guard, kept: &[RawFd]) {
-    let Ok(folder) = std::fs::read_dir("/proc/self/fd") else {
-        return;
-    };
-    // First all numbers, so that the folder's own descriptor is gone again
-    // before anything is closed.
-    let fds: Vec<RawFd> = folder
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect();
-    for fd in fds {
+    let close_if_told = |fd: RawFd| {
         if guard.is_hidden_fd(fd) || kept.contains(&fd) {
-            continue;
+            return;
         }
         let get = [fd as u64, u64::from(F_GETFD), 0, 0, 0, 0];
         if let Ok(flags) = forward_always(__NR_fcntl, get)
@@ -80,7 +74,36 @@ pub(crate) fn close_on_exec(guard: &Guard, kept: &[RawFd]) {
         {
             close(fd as u64);
         }
+    };
+    match open_descriptors() {
+        Some(fds) => fds.into_iter().for_each(close_if_told),
+        // None may be left over: try every number there can be.
+        None => (0..most_descriptors()).for_each(close_if_told),
     }
+}
+
+/// All descriptors of the process, or `None` if it cannot be known: procfs is
+/// not there, or the program has left no descriptor for the folder.
+fn open_descriptors() -> Option<Vec<RawFd>> {
+    // All numbers are taken down before anything is closed, so that the
+    // folder's own descriptor is gone again by then.
+    std::fs::read_dir("/proc/self/fd")
+        .ok()?
+        .map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// One past the highest number that a descriptor may have. The limit may have
+/// been lowered since it was made, so this is at least the kernel's default
+/// for the highest limit (`fs.nr_open`).
+fn most_descriptors() -> RawFd {
+    const NR_OPEN: u64 = 1 << 20;
+    /// More cannot be tried in less than a second.
+    const MOST: u64 = 1 << 24;
+    let mut limit = [0_u64; 2];
+    let get = [0, u64::from(RLIMIT_NOFILE), 0, own_mut(&mut limit), 0, 0];
+    let hard = forward_always(__NR_prlimit64, get).map_or(0, |_| limit[1]);
+    hard.clamp(NR_OPEN, MOST) as RawFd
 }
 
 #[cfg(test)]
