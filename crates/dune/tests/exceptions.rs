@@ -342,17 +342,13 @@ fn expect_report(why: &str, signal: i32, body: impl FnOnce()) {
     });
     assert_eq!(ended, Ended::Killed(signal), "{text}");
     assert!(text.contains(why), "{text}");
-    for part in [
-        "vector ",
-        "rip 0",
-        "rsp 0",
-        "r15 ",
-        "cr2 ",
-        "backtrace:",
-        "exceptions.rs",
-    ] {
+    for part in ["vector ", "rip 0", "rsp 0", "r15 ", "cr2 ", "backtrace:"] {
         assert!(text.contains(part), "no `{part}` in: {text}");
     }
+    // A stack overflow is noticed in a prologue, which the unwinder may not understand.
+    let is_prologue = text.contains("while that was reported");
+    assert!(is_prologue || text.contains("exceptions.rs"), "{text}");
+    assert!(!is_prologue || why.contains("used up"), "{text}");
 }
 
 fn traps_nested_too_deeply_end_with_a_report() {
@@ -390,9 +386,8 @@ fn a_handler_that_uses_up_its_stack_ends_with_a_report() {
         Outcome::Resume
     }
     fn large(frame: &mut TrapFrame) -> Outcome {
-        // Nearly all of it, and then a trap.
-        let local = std::hint::black_box([frame.rax; 23 << 10]);
-        unsafe { asm!("ud2") };
+        let local = std::hint::black_box([frame.rax; 5 << 10]);
+        breakpoint();
         frame.rax = local[9];
         Outcome::Resume
     }
@@ -400,8 +395,7 @@ fn a_handler_that_uses_up_its_stack_ends_with_a_report() {
     exceptions::set_handler(vector::BREAKPOINT, deep);
     expect_report("trap stack is used up", libc::SIGSEGV, breakpoint);
     exceptions::set_handler(vector::BREAKPOINT, large);
-    exceptions::set_handler(vector::INVALID_OPCODE, nest);
-    expect_report("trap stack is used up", libc::SIGILL, breakpoint);
+    expect_report("trap stack is used up", libc::SIGTRAP, breakpoint);
     // And in a thread.
     exceptions::set_handler(vector::BREAKPOINT, deep);
     expect_report("trap stack is used up", libc::SIGSEGV, || {

@@ -1366,7 +1366,7 @@ fn protection_changes_under_running_threads() {
         }
         scope.spawn(move || {
             let page = address as *mut u8;
-            for n in 0..3_000 {
+            for n in 0..400 {
                 let rights = if n % 2 == 0 {
                     libc::PROT_NONE
                 } else {

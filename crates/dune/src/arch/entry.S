@@ -198,7 +198,13 @@ dune_vectors:
     cmp     %gs:{A_TRAP_LOW}, %rcx
     jb      2f
     cmp     %gs:{A_TRAP_LOW}, %rax
+    jb      3f
+    cmpl    ${STACK_USED_UP}, %gs:{A_DEPTH}
     jae     .Lframe_placed
+    // Not the report yet: a handler whose locals reach down to here.
+    movl    ${STACK_USED_UP}, %gs:{A_SCRATCH}
+    jmp     .Lframe_placed
+3:
     // The report has no room either.
     movq    ${SIGSEGV}, %gs:{A_RESULT}
     out     %al, ${PORT_DIE}

@@ -13,15 +13,21 @@ use crate::guest::signals::signal_of;
 
 /// Reports the trap and ends the process by the signal that Linux would have sent.
 ///
-/// What traps while the report is written ends the process without another one.
+/// What traps while the report is written ends the process with one more line.
 pub(crate) fn report(frame: &TrapFrame, why: &str) -> ! {
     call::interrupts_off();
     static REPORTING: AtomicBool = AtomicBool::new(false);
     let signal = signal_of(frame.vector as u8).0;
+    let mut text = Text::default();
     if REPORTING.swap(true, Ordering::Relaxed) {
+        let _ = writeln!(
+            text,
+            "dune: and while that was reported, {why}: vector {} rip {:#x} rsp {:#x} cr2 {:#x}",
+            frame.vector, frame.rip, frame.rsp, frame.cr2
+        );
+        text.flush();
         call::die(signal);
     }
-    let mut text = Text::default();
     let _ = writeln!(text, "dune: {why}");
     registers(&mut text, frame);
     text.flush();
@@ -29,7 +35,11 @@ pub(crate) fn report(frame: &TrapFrame, why: &str) -> ! {
     // the debug information takes a while on a busy machine.
     // SAFETY: takes no pointer.
     let _ = unsafe { sys::raw(ALARM, [60, 0, 0, 0, 0, 0]) };
-    let _ = writeln!(text, "backtrace:\n{}", Backtrace::force_capture());
+    // Code that trapped in the middle of a prologue may not be described well enough for the
+    // unwinder: then this line is the last but one.
+    let _ = writeln!(text, "backtrace:");
+    text.flush();
+    let _ = writeln!(text, "{}", Backtrace::force_capture());
     text.flush();
     call::die(signal);
 }

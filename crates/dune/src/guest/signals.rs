@@ -27,6 +27,7 @@
 use core::mem::{offset_of, size_of};
 use core::sync::atomic::Ordering;
 
+use dune_kvm::sys;
 use dune_x86::descriptors::{
     RFLAGS_DF, RFLAGS_IF, RFLAGS_IOPL, RFLAGS_RF, RFLAGS_TF, RFLAGS_USER, USER_CS, USER_SS,
 };
@@ -164,7 +165,9 @@ pub(crate) unsafe extern "C" fn deliver(frame: *mut TrapFrame) {
 pub(crate) fn raise_exception(number: u8, frame: &mut TrapFrame) {
     // SAFETY: the area is this thread's.
     let area = unsafe { &mut *ThreadArea::current() };
-    let (signal, code, address) = describe(number, frame);
+    let Some((signal, code, address)) = describe(number, frame) else {
+        return;
+    };
     let info = [
         u64::from(signal),
         u64::from(code as u32),
@@ -229,12 +232,14 @@ pub(crate) fn signal_of(number: u8) -> (u32, i32) {
     }
 }
 
-fn describe(number: u8, frame: &TrapFrame) -> (u32, i32, u64) {
+/// Signal, `si_code` and address; `None` where the access is possible by now, because another
+/// thread changed the mapping: it is made again.
+fn describe(number: u8, frame: &TrapFrame) -> Option<(u32, i32, u64)> {
     const SEGV_MAPERR: i32 = 1;
     const SEGV_ACCERR: i32 = 2;
     const BUS_ADRERR: i32 = 2;
     let (signal, code) = signal_of(number);
-    match number {
+    Some(match number {
         vector::PAGE_FAULT => {
             let cause = frame.fault_cause();
             let needed = if cause.contains(PageFaultError::INSTRUCTION) {
@@ -249,6 +254,9 @@ fn describe(number: u8, frame: &TrapFrame) -> (u32, i32, u64) {
                 Some(rights)
                     if rights.contains(needed) && !crate::memory::forbids(frame.cr2, cause) =>
                 {
+                    if !is_beyond_end(frame.cr2, needed) {
+                        return None;
+                    }
                     (SIGBUS, BUS_ADRERR)
                 }
                 Some(_) => (SIGSEGV, SEGV_ACCERR),
@@ -258,7 +266,17 @@ fn describe(number: u8, frame: &TrapFrame) -> (u32, i32, u64) {
         vector::SIMD | vector::X87 => (signal, float_code(number, frame), frame.rip),
         vector::DIVIDE | vector::INVALID_OPCODE | vector::DEBUG => (signal, code, frame.rip),
         _ => (signal, code, 0),
-    }
+    })
+}
+
+/// Whether memory within its rights is not there all the same. Looked at several times, for
+/// another thread may be changing the rights back and forth.
+fn is_beyond_end(address: u64, needed: Rights) -> bool {
+    const LOOKS: usize = 8;
+    (0..LOOKS).all(|_| {
+        sys::read_memory(address, &mut [0]).is_err()
+            && maps::rights(address).is_some_and(|rights| rights.contains(needed))
+    })
 }
 
 /// Which floating-point error it was (`si_code` of `SIGFPE`).
