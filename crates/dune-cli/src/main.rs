@@ -70,7 +70,11 @@ Examples:
   dune lab --intel -- ./test             # Bochs with VMX and EPT instead of QEMU with SVM";
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explain(&error),
+    };
+    let result = match cli.command {
         Task::Run(args) => run::run(&args),
         Task::Check(args) => check::check(&args),
         Task::Lab(args) => return lab(&args),
@@ -80,6 +84,18 @@ fn main() -> ExitCode {
         output::complain_of(&error);
         ExitCode::from(DUNE_FAILED)
     })
+}
+
+/// Prints what was asked for (`--help`), or what is wrong with the command line.
+fn explain(error: &clap::Error) -> ExitCode {
+    // There is nobody to tell that it cannot be printed.
+    let _ = error.print();
+    if error.use_stderr() {
+        // Not clap's 2, which could be the program's.
+        ExitCode::from(DUNE_FAILED)
+    } else {
+        ExitCode::SUCCESS
+    }
 }
 
 /// Runs a command in the lab; reports failures by itself.

@@ -568,6 +568,26 @@ fn a_full_disk_is_the_programs_error() {
 }
 
 #[test]
+fn a_wrong_command_line_is_no_status_of_a_program() {
+    let Some(place) = Place::with_kvm() else {
+        return;
+    };
+    for (words, help) in [
+        (&["run"][..], "<COMMAND>"),
+        (&["run", "--env", "A", "true"], "NAME=VALUE"),
+        (&["run", "--timeout", "soon", "true"], "seconds"),
+        (&["lab", "--memory", "little", "true"], "MiB"),
+        (&["fly"], "fly"),
+        (&[], "Usage"),
+    ] {
+        let end = End::of(place.dune(words));
+        assert_eq!(end.code(), DUNE_FAILED, "{words:?}: {end:?}");
+        assert!(end.stderr.contains(help), "{words:?}: {end:?}");
+    }
+    assert_eq!(End::of(place.dune(["--help"])).code(), 0);
+}
+
+#[test]
 fn nobody_to_complain_to_is_no_trouble() {
     let Some(place) = Place::with_kvm() else {
         return;

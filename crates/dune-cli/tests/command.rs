@@ -172,7 +172,7 @@ fn the_environment_is_what_was_asked_for() -> Outcome {
     ]);
     assert_eq!(stdout(&seen), "A=1\nB=\n");
     let seen = output(&["run", "--env", "nothing", "--", "true"]);
-    assert_eq!(seen.status.code(), Some(2));
+    assert_eq!(seen.status.code(), Some(125));
     Ok(())
 }
 
@@ -262,7 +262,7 @@ fn files_that_are_no_programs_are_126() -> Outcome {
 
 fn a_placement_that_is_none_is_refused() -> Outcome {
     let seen = output(&["run", "--placement", "moon", "--", "true"]);
-    assert_eq!(seen.status.code(), Some(2));
+    assert_eq!(seen.status.code(), Some(125));
     let seen = dune(&["run", "--", "true"])
         .env(probe::PLACEMENT_VARIABLE, "moon")
         .output()
