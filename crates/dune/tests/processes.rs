@@ -98,31 +98,22 @@ fn a_tree_of_forks() {
 }
 
 fn generations_of_forks_keep_their_descriptors_few() {
-    enter();
-    let before = descriptors();
-    let mut pid = 0;
-    for generation in 0..20 {
-        pid = unsafe { libc::fork() };
-        assert!(pid >= 0);
-        if pid > 0 {
-            break;
-        }
-        assert_eq!(descriptors(), before, "generation {generation}");
+    /// Each child is the parent of the next one, and passes the verdict on.
+    fn descend(generations: u32, expected: usize) -> i32 {
+        assert_eq!(descriptors(), expected, "{generations} to go");
+        // A second vCPU, which the next generation does not inherit.
         thread::spawn(|| assert!(dune::is_inside())).join().unwrap();
-        if generation == 19 {
-            unsafe { libc::_exit(0) };
-        }
-        // The thread's vCPU is closed in the next generation.
         assert_eq!(vcpus(), 2);
+        if generations == 0 {
+            return 7;
+        }
+        match child(|| descend(generations - 1, expected)) {
+            Ended::Exited(code) => code,
+            other => panic!("{other:?}"),
+        }
     }
-    assert_eq!(wait(pid), Ended::Exited(0));
-    if gettid() != getpid() || unsafe { libc::getppid() } == 0 {
-        return;
-    }
-    // Children pass the word on; only the first process reports.
-    if descriptors() != before {
-        unsafe { libc::_exit(0) };
-    }
+    enter();
+    assert_eq!(descend(20, descriptors()), 7);
 }
 
 fn a_thread_forks_while_others_run() {
@@ -157,7 +148,7 @@ fn a_thread_forks_while_others_run() {
                 let big = map(3 << 30, READ_WRITE);
                 unsafe { big.add(2 << 30).write(1) };
                 // No allocation by other threads' leave: libc's own locks are fork-safe.
-                let inner = thread::spawn(|| dune::is_inside()).join().unwrap();
+                let inner = thread::spawn(dune::is_inside).join().unwrap();
                 if inner { n } else { 100 }
             });
             assert_eq!(ended, Ended::Exited(n));

@@ -692,7 +692,7 @@ fn threads_signal_each_other() {
                 let mut sum = 0_u64;
                 while RECEIVED[me].load(Ordering::SeqCst) < 2 * EACH {
                     sum = sum.wrapping_add(u64::from(getpid() as u32));
-                    if sum % 3 == 0 {
+                    if sum.is_multiple_of(3) {
                         thread::yield_now();
                     }
                 }
@@ -1225,7 +1225,7 @@ fn single_steps_are_told() {
         assert_eq!(unsafe { (*info).si_code }, 2);
     }
     let mut counts = [0; 2];
-    for round in 0..2 {
+    for (round, steps) in counts.iter_mut().enumerate() {
         on_signal(libc::SIGTRAP, 0, step);
         STEPS.store(0, Ordering::SeqCst);
         unsafe {
@@ -1236,7 +1236,7 @@ fn single_steps_are_told() {
                 out("rax") _, out("rcx") _, out("r11") _,
             );
         }
-        counts[round] = STEPS.load(Ordering::SeqCst);
+        *steps = STEPS.load(Ordering::SeqCst);
         if round == 0 {
             enter();
         }

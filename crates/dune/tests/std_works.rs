@@ -28,7 +28,7 @@ fn enters_and_leaves() {
         assert!(!dune::is_inside());
         dune::leave();
     }
-    assert_eq!(dune::run(dune::is_inside).unwrap(), true);
+    assert!(dune::run(dune::is_inside).unwrap());
     assert!(!dune::is_inside());
 }
 
@@ -359,15 +359,14 @@ fn vector_instructions_compute() {
 }
 
 fn floating_point_control_survives_entry_and_exit() {
-    use std::arch::x86_64::_mm_getcsr;
     const ROUND_UP: u32 = 2 << 13;
-    #[expect(deprecated, reason = "the register itself is what is tested")]
     fn set(value: u32) {
-        unsafe { std::arch::x86_64::_mm_setcsr(value) };
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value) };
     }
-    #[expect(deprecated, reason = "the register itself is what is tested")]
     fn get() -> u32 {
-        unsafe { _mm_getcsr() }
+        let mut value = 0_u32;
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value) };
+        value
     }
     let normal = get();
     set(normal | ROUND_UP);

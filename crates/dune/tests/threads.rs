@@ -20,7 +20,7 @@ fn a_thread_made_in_dune_mode_is_in_dune_mode() {
     enter();
     let answer = thread::spawn(|| {
         assert!(dune::is_inside());
-        thread::spawn(|| dune::is_inside()).join().unwrap()
+        thread::spawn(dune::is_inside).join().unwrap()
     });
     assert!(answer.join().unwrap());
 }
