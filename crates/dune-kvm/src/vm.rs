@@ -300,6 +300,19 @@ impl Vm {
         .map(drop)
     }
 
+    /// Makes every vCPU forget all translations, those that are not running included. Dear:
+    /// for edits made while no vCPU runs that could do it by itself.
+    ///
+    /// A slot comes and goes: KVM drops every second-level entry, and with them whatever was
+    /// translated through them.
+    pub fn flush_every_vcpu(&self) {
+        const UNUSED_FRAME: u16 = 0;
+        let somewhere = &raw const *self as u64 & !(WINDOW_SIZE - 1);
+        if self.set_slot(UNUSED_FRAME, somewhere, 4096).is_ok() {
+            let _ = self.set_slot(UNUSED_FRAME, somewhere, 0);
+        }
+    }
+
     /// Creates one more vCPU. vCPUs cannot be destroyed before their VM is: pool them.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use crate::error::EnterError;
 use crate::host::base;
 use crate::machine::Machine;
 use crate::options::Options;
-use crate::signals::{AltStack, MASK_SET, SS_AUTODISARM, SS_ONSTACK};
+use crate::signals::{AltStack, MASK_SET, SS_ONSTACK};
 use crate::thread::ThreadArea;
 
 thread_local! {
@@ -188,15 +188,15 @@ fn native_alternate_stack() -> AltStack {
 /// The counterpart, on the host stack, before the thread runs natively again. If a captured
 /// signal waits, everything is blocked; `leave` sees to it.
 pub(crate) fn before_return(this: &mut ThreadArea) {
-    base::set(0);
     let stack = AltStack {
         flags: this.altstack.flags & !SS_ONSTACK,
         ..this.altstack
     };
-    let _ = SS_AUTODISARM;
     // SAFETY: the kernel reads 24 bytes.
     let _ = unsafe { sys::raw(nr::SIGALTSTACK, [&raw const stack as usize, 0, 0, 0, 0, 0]) };
     crate::rseq::register(this.rseq);
+    // Until here a signal is captured, and `leave` gives it back to the kernel.
+    base::set(0);
 }
 
 /// The thread's TLS.

@@ -142,6 +142,7 @@ impl ThreadArea {
             + size_of::<Self>()
             + PAGE;
         let base = sys::map_anonymous(length).map_err(EnterError::Memory)?;
+        sys::avoid_huge_pages(base, length);
         let mut next = base;
         let mut take = |size: usize| {
             let start = next;
@@ -248,7 +249,11 @@ impl ThreadArea {
             AREA_COUNT.fetch_sub(1, Ordering::AcqRel);
             return Err(EnterError::TooManyThreads { limit: MAX_THREADS });
         };
-        let area = Self::allocate(machine)?;
+        let area = Self::allocate(machine).inspect_err(|_| {
+            // Nobody has taken a later place yet, in all likelihood; else this one stays empty.
+            let _ =
+                AREA_COUNT.compare_exchange(index + 1, index, Ordering::AcqRel, Ordering::Relaxed);
+        })?;
         slot.store(area.as_ptr(), Ordering::Release);
         Self::equip(machine, area).map(|()| (area, Age::New))
     }

@@ -411,7 +411,29 @@ fn threads_that_left_hold_no_stale_translations() {
     thread.join().unwrap();
 }
 
+fn an_edit_made_outside_dune_mode_holds_inside() {
+    let tables = tables();
+    exceptions::set_handler(vector::PAGE_FAULT, unprotect);
+    let pages = Pages::new(1).unwrap();
+    tables
+        .split(pages.range(), PageSize::Size4KiB)
+        .unwrap()
+        .apply(&tlb());
+    for round in 1..=10 {
+        assert!(pages.write(0, &[1]), "the vCPU knows the page as writable");
+        dune::leave();
+        // SAFETY: the handler gives the right back.
+        unsafe { tables.protect(pages.range(), PteFlags::R) }
+            .unwrap()
+            .apply(&tlb());
+        dune::enter().unwrap();
+        assert!(pages.write(0, &[1]));
+        assert_eq!(FAULTS.load(Ordering::SeqCst), round);
+    }
+}
+
 dune_testing::tests! {
+    ring0 an_edit_made_outside_dune_mode_holds_inside,
     smoke every_address_of_the_process_maps_to_itself,
     smoke splitting_changes_no_translation,
     smoke a_protected_page_faults_once_into_the_handler,

@@ -540,7 +540,64 @@ fn fork_keeps_address_spaces() {
     assert_eq!(status, 0);
 }
 
+fn memory_that_the_host_refuses_is_a_page_fault_of_ring_3() {
+    use std::os::fd::AsRawFd;
+    dune::enter().unwrap();
+    let ring3 = Ring3::new();
+    let path = std::env::temp_dir().join(format!("rings-{}", std::process::id()));
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(true)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    std::fs::remove_file(&path).unwrap();
+    file.set_len(8192).unwrap();
+    // SAFETY: a fresh mapping.
+    let mapped = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            8192,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    assert_ne!(mapped, libc::MAP_FAILED);
+    // Somewhere else than in the process, so that addresses do not mean the same to both.
+    let at = GuestVirt::new(0x70_0000);
+    let range = dune::memory::VirtRange::try_new(at, 8192).unwrap();
+    // SAFETY: the mapping stays, and nothing holds a reference into it.
+    unsafe { ring3.space.map_memory(range, mapped as u64, PteFlags::RW) }.unwrap();
+    let mut context = Ring3::at(rings_write);
+    context.registers_mut().rdi = 0x70_0010;
+    assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
+    file.set_len(0).unwrap();
+    for _ in 0..3 {
+        let mut context = Ring3::at(rings_write);
+        context.registers_mut().rdi = 0x70_1010;
+        let trap = context.run(&ring3.space).unwrap();
+        let Trap::PageFault { address, cause } = trap else {
+            panic!("{trap:?}")
+        };
+        assert_eq!(address, 0x70_1010);
+        assert!(cause.contains(PageFaultError::USER | PageFaultError::WRITE));
+    }
+    // Code that is gone.
+    let mut context = UserContext::new(0x70_0000, STACK_TOP).unwrap();
+    ring3.space.protect(range, PteFlags::RWX).unwrap();
+    let trap = context.run(&ring3.space).unwrap();
+    let Trap::PageFault { address, cause } = trap else {
+        panic!("{trap:?}")
+    };
+    assert_eq!(address, 0x70_0000);
+    assert!(cause.contains(PageFaultError::INSTRUCTION));
+}
+
 dune_testing::tests! {
+    ring0 memory_that_the_host_refuses_is_a_page_fault_of_ring_3,
     smoke system_calls_of_ring_3_return_with_number_and_registers,
     ring0 page_faults_of_ring_3_return_address_and_cause,
     smoke privileged_instructions_of_ring_3_fault,

@@ -249,7 +249,7 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
     ///
     /// [`NoPage`], when no 4 KiB page is mapped there (a larger one may be) or
     /// the table is borrowed.
-    #[inline]
+    #[inline(always)]
     pub fn update_page_4k(&self, va: GuestVirt, change: Change) -> Result<(Entry, Flush), NoPage> {
         match self.leaf_entry_4k(va) {
             Some((table, index)) => self.update_entry_4k(table, index, va, change),
@@ -263,7 +263,7 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
     /// # Errors
     ///
     /// [`NoPage`], when the entry is empty.
-    #[inline]
+    #[inline(always)]
     pub fn update_entry_4k(
         &self,
         table: GuestPhys,

@@ -184,7 +184,7 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
     ///
     /// The place stays valid until the next [`PageTable::prune`],
     /// [`PageTable::collapse`] or [`PageTable::free`].
-    #[inline]
+    #[inline(always)]
     pub fn leaf_entry_4k(&self, va: GuestVirt) -> Option<(GuestPhys, usize)> {
         // One mask tells a link that may be followed from everything else.
         const TESTED: u64 = PteFlags::PRESENT.bits() | Entry::PAGE_SIZE | Entry::BORROWED;

@@ -4,6 +4,9 @@
 //! KVM then ends `KVM_RUN` with `EFAULT` and, before Linux 6.8, does not say which address
 //! it was. The instruction does: it is decoded, its addresses are computed from the
 //! registers, and the one that this process cannot access becomes a page fault in the guest.
+//!
+//! Addresses in the instruction are the guest's, under whatever page tables it runs: each is
+//! translated to the address in this process before anything is looked at.
 #![expect(unsafe_code, reason = "the registers of a stopped vCPU")]
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
@@ -15,15 +18,19 @@ use core::sync::atomic::Ordering;
 
 use dune_kvm::sys;
 use dune_kvm::vcpu::Vcpu;
+use dune_x86::addr::{GuestPhys, GuestVirt};
 use dune_x86::trap::PageFaultError;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use kvm_bindings as kvm;
 
+use crate::machine::Machine;
 use crate::maps::{self, Rights};
+use crate::memory::{Frames, PageTable, Tables};
 use crate::report;
 use crate::thread::ThreadArea;
 
 const LONGEST_INSTRUCTION: usize = 15;
+const PAGE: u64 = 4096;
 /// How often the same instruction may be refused without a reason that we can see, before it
 /// is an error of ours: another thread may be changing the mapping at the same time.
 const PATIENCE: u32 = 1000;
@@ -66,6 +73,13 @@ pub(crate) fn inject(vcpu: &Vcpu, run: *mut kvm::kvm_run) {
             let count = if before == now { count + 1 } else { 0 };
             // SAFETY: as above.
             unsafe { (*area).refused = (now, count) };
+            if count > PATIENCE && !user.is_empty() {
+                // Whatever ring 3 does to itself, the process goes on.
+                let error = PageFaultError::USER | PageFaultError::PRESENT;
+                // SAFETY: the vCPU stopped at the refused instruction.
+                let _ = unsafe { vcpu.inject_page_fault(registers.rip, error.bits()) };
+                return;
+            }
             if count > PATIENCE {
                 // SAFETY: the area is shared with KVM, which is not running.
                 let reason = unsafe { addr_of!((*run).exit_reason).read_volatile() };
@@ -90,22 +104,45 @@ fn digest(r: &kvm::kvm_regs) -> u64 {
     })
 }
 
+/// The page tables that the guest runs on.
+struct Guest {
+    tables: PageTable,
+}
+
+impl Guest {
+    fn new(sregs: &kvm::kvm_sregs) -> Self {
+        const ROOT: u64 = 0x000f_ffff_ffff_f000;
+        let root = GuestPhys::new_truncate(sregs.cr3 & ROOT);
+        Self {
+            tables: PageTable::from_root(root, Tables::new(), Frames::new()),
+        }
+    }
+
+    /// The address in this process of an address of the guest. `None` where the guest's own
+    /// tables have nothing, so that the CPU itself raises the fault.
+    fn host(&self, address: u64) -> Option<u64> {
+        let physical = self.tables.translate(GuestVirt::try_new(address).ok()?)?;
+        Machine::get()?.vm().windows().to_host(physical.as_u64())
+    }
+}
+
 /// The first address that the instruction at `rip` cannot access, and how.
 fn find(registers: &kvm::kvm_regs, sregs: &kvm::kvm_sregs) -> Option<(u64, PageFaultError)> {
+    let guest = Guest::new(sregs);
     let mut bytes = [0; LONGEST_INSTRUCTION];
-    let length = read_instruction(registers.rip, &mut bytes);
+    let length = read_instruction(&guest, registers.rip, &mut bytes);
     if length == 0 {
-        return Some((
-            registers.rip,
-            PageFaultError::INSTRUCTION | present(registers.rip),
-        ));
+        return Some(fetch_fault(&guest, registers.rip));
     }
-    let mut decoder = Decoder::with_ip(64, &bytes[..length], registers.rip, DecoderOptions::NONE);
+    let code = bytes.get(..length).unwrap_or(&[]);
+    let mut decoder = Decoder::with_ip(64, code, registers.rip, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
     decoder.decode_out(&mut instruction);
     if instruction.code() == Code::INVALID {
-        let next = registers.rip + length as u64;
-        return Some((next, PageFaultError::INSTRUCTION | present(next)));
+        return Some(fetch_fault(
+            &guest,
+            registers.rip.wrapping_add(length as u64),
+        ));
     }
     let value = |register, _, _| register_value(register, registers, sregs);
     for operand in 0..instruction.op_count() {
@@ -126,7 +163,7 @@ fn find(registers: &kvm::kvm_regs, sregs: &kvm::kvm_sregs) -> Option<(u64, PageF
             continue;
         };
         let writes = operand == 0 && !only_reads(instruction.mnemonic());
-        if let Some(found) = refused(address, size, writes) {
+        if let Some(found) = refused(&guest, address, size, writes) {
             return Some(found);
         }
     }
@@ -137,54 +174,61 @@ fn find(registers: &kvm::kvm_regs, sregs: &kvm::kvm_sregs) -> Option<(u64, PageF
         } else {
             (registers.rsp, false)
         };
-        return refused(address, 8, writes);
+        return refused(&guest, address, 8, writes);
     }
     None
 }
 
-fn read_instruction(rip: u64, into: &mut [u8; LONGEST_INSTRUCTION]) -> usize {
-    if sys::read_memory(rip, into).is_ok() {
-        return LONGEST_INSTRUCTION;
+/// The instruction's bytes, as many as can be read: 0 to 15.
+fn read_instruction(guest: &Guest, rip: u64, into: &mut [u8; LONGEST_INSTRUCTION]) -> usize {
+    let on_first_page = (PAGE - (rip & (PAGE - 1))).min(LONGEST_INSTRUCTION as u64) as usize;
+    let mut read = 0;
+    for (start, end) in [(0, on_first_page), (on_first_page, LONGEST_INSTRUCTION)] {
+        let Some(part) = into.get_mut(start..end) else {
+            break;
+        };
+        let Some(host) = guest.host(rip.wrapping_add(start as u64)) else {
+            break;
+        };
+        if part.is_empty() || sys::read_memory(host, part).is_err() {
+            break;
+        }
+        read = end;
     }
-    let left = (0x1000 - (rip & 0xfff) as usize).min(LONGEST_INSTRUCTION);
-    if sys::read_memory(rip, &mut into[..left]).is_ok() {
-        left
-    } else {
-        0
-    }
+    read
 }
 
-fn present(address: u64) -> PageFaultError {
-    match maps::rights(address) {
+fn fetch_fault(guest: &Guest, address: u64) -> (u64, PageFaultError) {
+    let present = match guest.host(address).and_then(maps::rights) {
         Some(_) => PageFaultError::PRESENT,
         None => PageFaultError::empty(),
-    }
+    };
+    (address, PageFaultError::INSTRUCTION | present)
 }
 
-/// Whether this process cannot access `size` bytes at `address`, and where.
-fn refused(address: u64, size: u64, writes: bool) -> Option<(u64, PageFaultError)> {
+/// Whether this process cannot access what the guest has at `size` bytes from `address`, and
+/// where.
+fn refused(guest: &Guest, address: u64, size: u64, writes: bool) -> Option<(u64, PageFaultError)> {
     let write = if writes {
         PageFaultError::WRITE
     } else {
         PageFaultError::empty()
     };
     let last = address.wrapping_add(size - 1);
-    let second = if address >> 12 == last >> 12 {
-        None
-    } else {
-        Some(last & !0xfff)
-    };
+    let second = (address / PAGE != last / PAGE).then_some(last & !(PAGE - 1));
     for at in core::iter::once(address).chain(second) {
-        match maps::rights(at) {
+        let Some(host) = guest.host(at) else { continue };
+        match maps::rights(host) {
             None => return Some((at, write)),
-            // Linux keeps such pages as not present.
-            Some(rights) if !rights.contains(Rights::READ) => return Some((at, write)),
+            Some(rights) if !rights.contains(Rights::READ) => {
+                return Some((at, write | PageFaultError::PRESENT));
+            }
             Some(rights) if writes && !rights.contains(Rights::WRITE) => {
                 return Some((at, PageFaultError::WRITE | PageFaultError::PRESENT));
             }
             Some(_) => {
                 // Within its rights, and still not there: beyond the end of a file.
-                if sys::read_memory(at, &mut [0]).is_err() {
+                if sys::read_memory(host, &mut [0]).is_err() {
                     return Some((at, write | PageFaultError::PRESENT));
                 }
             }

@@ -147,7 +147,8 @@ pub(crate) fn raise_again(signal: u32, info: *const [u64; 16]) {
 /// guest: `arguments` are the kernel's `how` and the set itself; returns the mask before.
 ///
 /// While a captured signal waits, the kernel's mask is "everything" and the program's is the
-/// one that was captured with it. Everything is blocked first, so that no signal is captured
+/// one that was captured with it; a signal that the change blocks goes back to the kernel.
+/// Everything is blocked first, so that no signal is captured
 /// between the look and the change.
 pub(crate) fn change_logical_mask(area: &mut ThreadArea) -> u64 {
     let [how, set, ..] = area.arguments;
@@ -159,7 +160,13 @@ pub(crate) fn change_logical_mask(area: &mut ThreadArea) -> u64 {
         1 => before & !(set as u64),
         _ => set as u64,
     };
-    if pending {
+    let bit = 1_u64 << (area.signal.wrapping_sub(1) & 63);
+    if pending && after & !before & bit != 0 {
+        // Newly blocked before it was delivered: it is the kernel's to keep again.
+        raise_again(area.signal, &area.siginfo);
+        area.pending.store(0, Ordering::Relaxed);
+        change_mask(MASK_SET, after);
+    } else if pending {
         area.signal_mask = after;
     } else {
         change_mask(MASK_SET, after);

@@ -6,7 +6,6 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use dune_kvm::sys;
 use dune_kvm::vm::Vm;
-use dune_kvm::windows::WINDOW_SIZE;
 use dune_x86::addr::{GuestPhys, PageSize};
 use dune_x86::frame::FramePool;
 use dune_x86::paging::{ENTRIES, FrameAllocator, TableMemory};
@@ -19,6 +18,8 @@ use crate::memory::identity::IdentityTables;
 /// space only: a frame costs memory from its first use on.
 const FRAMES: usize = 128 << 10;
 const FRAME: usize = 4096;
+/// Size of the arena.
+pub(crate) const ARENA_BYTES: u64 = (FRAMES * FRAME) as u64;
 
 /// The memory that page tables are kept in, and who has how many references to which frame.
 #[derive(Debug)]
@@ -28,26 +29,16 @@ pub(crate) struct FrameArena {
 
 impl FrameArena {
     pub(crate) fn new(vm: &Vm, identity: &IdentityTables) -> Result<Self, EnterError> {
-        let length = FRAMES * FRAME;
-        // In one window, so that it is one run of guest physical memory.
-        let reserved = sys::map_anonymous(2 * WINDOW_SIZE as usize).map_err(EnterError::Memory)?;
-        let base = (reserved as u64).next_multiple_of(WINDOW_SIZE);
-        // The rest of the reservation is given back.
-        let tail = base + length as u64;
-        let end = reserved as u64 + 2 * WINDOW_SIZE;
-        // SAFETY: nothing uses the parts before and behind the arena.
-        let _ = unsafe { sys::unmap(reserved, (base - reserved as u64) as usize) };
-        // SAFETY: as above.
-        let _ = unsafe { sys::unmap(tail as *mut u8, (end - tail) as usize) };
-        identity.cover(vm, base, length as u64)?;
+        let base = identity.arena();
+        identity.cover(vm, base, ARENA_BYTES)?;
         let words = sys::map_anonymous(FRAMES * size_of::<AtomicU32>())
             .map_err(EnterError::Memory)?
             .cast::<AtomicU32>();
+        sys::avoid_huge_pages(words.cast(), FRAMES * size_of::<AtomicU32>());
         identity.cover(vm, words as u64, (FRAMES * size_of::<AtomicU32>()) as u64)?;
         // SAFETY: zeroed memory of that many words, never unmapped.
         let words = unsafe { core::slice::from_raw_parts(words, FRAMES) };
         let guest = vm.windows().to_guest(base).unwrap_or(0);
-        ARENA.set(guest, length as u64, base);
         FramePool::new(GuestPhys::new(guest), PageSize::Size4KiB, words)
             .map(|pool| Self { pool })
             .map_err(|_| EnterError::Memory(sys::Errno::ENOMEM))
@@ -78,36 +69,55 @@ impl Run {
     }
 
     #[inline(always)]
-    fn host(&self, table: u64) -> Option<u64> {
-        let offset = table.wrapping_sub(self.guest.load(Ordering::Relaxed));
-        (offset < self.bytes.load(Ordering::Relaxed))
-            .then(|| self.host.load(Ordering::Relaxed) + offset)
+    fn read(&self) -> RunNow {
+        RunNow {
+            guest: self.guest.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            host: self.host.load(Ordering::Relaxed),
+        }
     }
 }
 
-/// The arena of frames.
-static ARENA: Run = Run::new();
-/// The upper levels of the process's own tables.
-static IDENTITY: Run = Run::new();
+/// A [`Run`] as plain numbers, which the compiler may keep in registers during a walk.
+#[derive(Clone, Copy, Debug, Default)]
+struct RunNow {
+    guest: u64,
+    bytes: u64,
+    host: u64,
+}
 
-/// Says where the upper levels of the process's own tables are.
-pub(crate) fn set_identity_run(guest: u64, bytes: u64, host: u64) {
-    IDENTITY.set(guest, bytes, host);
+impl RunNow {
+    #[inline(always)]
+    fn host(self, table: u64) -> Option<u64> {
+        let offset = table.wrapping_sub(self.guest);
+        (offset < self.bytes).then(|| self.host.wrapping_add(offset))
+    }
+}
+
+/// The upper levels of the process's own tables, and behind them the arena of frames.
+static TABLES: Run = Run::new();
+
+/// Says where they are.
+pub(crate) fn set_run(guest: u64, bytes: u64, host: u64) {
+    TABLES.set(guest, bytes, host);
 }
 
 /// The process's page tables as memory: by guest physical address.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Tables(());
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    run: RunNow,
+}
 
 impl Tables {
-    pub(crate) const fn new() -> Self {
-        Self(())
+    #[inline(always)]
+    pub(crate) fn new() -> Self {
+        Self { run: TABLES.read() }
     }
 
-    #[inline]
-    fn entry(table: GuestPhys, index: usize) -> Option<&'static AtomicU64> {
+    #[inline(always)]
+    fn entry(self, table: GuestPhys, index: usize) -> Option<&'static AtomicU64> {
         let table = table.as_u64();
-        let host = match ARENA.host(table).or_else(|| IDENTITY.host(table)) {
+        let host = match self.run.host(table) {
             Some(host) => host,
             None => Self::elsewhere(table)?,
         };
@@ -126,19 +136,20 @@ impl Tables {
 }
 
 impl TableMemory for Tables {
-    #[inline]
+    #[inline(always)]
     fn read(&self, table: GuestPhys, index: usize) -> u64 {
-        Self::entry(table, index).map_or(0, |entry| entry.load(Ordering::Relaxed))
+        self.entry(table, index)
+            .map_or(0, |entry| entry.load(Ordering::Relaxed))
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&self, table: GuestPhys, index: usize, value: u64) {
-        if let Some(entry) = Self::entry(table, index) {
+        if let Some(entry) = self.entry(table, index) {
             entry.store(value, Ordering::Relaxed);
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn compare_exchange(
         &self,
         table: GuestPhys,
@@ -146,7 +157,7 @@ impl TableMemory for Tables {
         old: u64,
         new: u64,
     ) -> Result<u64, u64> {
-        match Self::entry(table, index) {
+        match self.entry(table, index) {
             Some(entry) => entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed),
             None => Err(0),
         }

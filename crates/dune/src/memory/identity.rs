@@ -31,6 +31,8 @@ const ENTRIES: usize = 512;
 const HALF: usize = ENTRIES / 2;
 const PAGE: usize = 4096;
 const TWO_MIB: u64 = 2 << 20;
+const ARENA_OFFSET: u64 = TWO_MIB;
+const WITH_ARENA: u64 = ARENA_OFFSET + super::frames::ARENA_BYTES;
 const HIGH_HALF: u64 = 0xffff_8000_0000_0000;
 
 const PRESENT: u64 = 1 << 0;
@@ -67,16 +69,17 @@ unsafe impl Sync for IdentityTables {}
 impl IdentityTables {
     pub(crate) fn new(vm: &Vm) -> Result<Self, EnterError> {
         let length = (1 + HALF) * PAGE;
-        // One piece that lies within a GiB, so that it is one piece of guest physical too.
-        let mapped = sys::map_anonymous(length + PAGE).map_err(EnterError::Memory)? as u64;
-        let mut base = mapped;
-        if base >> WINDOW_SHIFT != (base + length as u64) >> WINDOW_SHIFT {
-            let again = sys::map_anonymous(WINDOW_SIZE as usize).map_err(EnterError::Memory)?;
-            base = (again as u64).next_multiple_of(WINDOW_SIZE);
-            if base + (length + PAGE) as u64 > again as u64 + WINDOW_SIZE {
-                base = again as u64;
-            }
-        }
+        // At the start of a GiB, so that it is one piece of guest physical memory together
+        // with the arena of frames behind it: a walk reaches every table by one addition.
+        let mapped =
+            sys::map_anonymous(2 * WINDOW_SIZE as usize).map_err(EnterError::Memory)? as u64;
+        let base = mapped.next_multiple_of(WINDOW_SIZE);
+        let tail = base + WITH_ARENA;
+        // SAFETY: nothing uses the parts before and behind.
+        let _ = unsafe { sys::unmap(mapped as *mut u8, (base - mapped) as usize) };
+        // SAFETY: as above.
+        let _ = unsafe { sys::unmap(tail as *mut u8, (mapped + 2 * WINDOW_SIZE - tail) as usize) };
+        sys::avoid_huge_pages(base as *mut u8, WITH_ARENA as usize);
         vm.ensure_window(base).map_err(EnterError::Platform)?;
         let physical = |address: u64| vm.windows().to_guest(address).unwrap_or(0);
         let (_, _, _, edx) = vm.host().leaf(0x8000_0001, 0);
@@ -90,7 +93,7 @@ impl IdentityTables {
             tables.top()[index].store(table | TABLE | USER, Ordering::Relaxed);
             tables.top()[HALF + index].store(table | TABLE, Ordering::Relaxed);
         }
-        crate::memory::set_identity_run(tables.root, length as u64, base);
+        crate::memory::set_run(tables.root, WITH_ARENA, base);
         // The first window was made before there were tables to show it in; a directory, if
         // one is needed, lies behind them.
         let directory = base + length as u64;
@@ -107,6 +110,11 @@ impl IdentityTables {
     fn pdpt(&self, index: usize) -> &[AtomicU64; ENTRIES] {
         // SAFETY: HALF tables follow the top; the index is masked to them.
         unsafe { &*self.base.wrapping_add(1 + (index & (HALF - 1))) }
+    }
+
+    /// Where the arena of frames lies, behind these tables.
+    pub(crate) fn arena(&self) -> u64 {
+        self.base as u64 + ARENA_OFFSET
     }
 
     /// Guest physical address of the PML4.

@@ -31,7 +31,7 @@ pub use process::ProcessTables;
 pub use space::{AddressSpace, SpaceError};
 pub use tlb::Tlb;
 
-pub(crate) use frames::{FrameArena, set_identity_run};
+pub(crate) use frames::{FrameArena, set_run};
 pub(crate) use tlb::{ValidPcids, forget_all};
 
 /// A page table in the memory of this process.

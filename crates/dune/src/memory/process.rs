@@ -22,7 +22,7 @@ pub struct ProcessTables {
 
 impl ProcessTables {
     /// The process's page table; `None` before the first entry into Dune mode.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub fn get() -> Option<Self> {
         let root = GuestPhys::new_truncate(Machine::get()?.tables().root());
@@ -118,7 +118,7 @@ impl ProcessTables {
     ///
     /// # Safety
     /// As for [`protect`](Self::protect).
-    #[inline]
+    #[inline(always)]
     pub unsafe fn update_page(
         &self,
         address: GuestVirt,

@@ -9,7 +9,7 @@ use dune_x86::paging::{
     ENTRIES, EditFailure, Entry, Flush, Leaf, MapError, PteFlags, ShareError, TableMemory, Walk,
 };
 
-use super::tlb::{PCIDS, SPACES, SpaceTlb};
+use super::tlb::{HIGHEST_PCID, PCIDS, SPACES, SpaceTlb};
 use super::{Frames, PageTable, Pages, ProcessTables, Tables};
 use crate::error::EnterError;
 use crate::machine::Machine;
@@ -66,7 +66,11 @@ fn take_pcid() -> u16 {
             let bit = (bits | reserved).trailing_ones();
             match word.compare_exchange(bits, bits | 1 << bit, Ordering::AcqRel, Ordering::Relaxed)
             {
-                Ok(_) => return (index as u32 * 64 + bit) as u16,
+                Ok(_) => {
+                    let pcid = index as u32 * 64 + bit;
+                    HIGHEST_PCID.fetch_max(pcid, Ordering::SeqCst);
+                    return pcid as u16;
+                }
                 Err(found) => bits = found,
             }
         }
@@ -166,8 +170,9 @@ impl AddressSpace {
     /// As [`map`](Self::map).
     ///
     /// # Safety
-    /// The memory must stay mapped in the process while it is mapped here, and Rust must
-    /// expect ring 3 to read it, and to change it where `rights` say so.
+    /// The memory must stay mapped and accessible (not `PROT_NONE`) in the process while it is
+    /// mapped here, and Rust must expect ring 3 to read it, and to change it where `rights`
+    /// say so.
     pub unsafe fn map_memory(
         &self,
         range: VirtRange,
@@ -280,7 +285,7 @@ impl AddressSpace {
     /// # Safety
     /// Everything that the closure and the runtime use (code, stacks, heap) must be mapped as
     /// in the process: the space must be one [`around_process`](Self::around_process), and
-    /// the closure must not enter ring 3 in another.
+    /// the closure must not enter ring 3.
     #[inline]
     pub unsafe fn with_loaded<T>(&self, body: impl FnOnce() -> T) -> Result<T, SpaceError> {
         if !crate::is_inside() {

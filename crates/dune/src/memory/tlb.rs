@@ -28,6 +28,7 @@ use dune_x86::addr::{GuestVirt, PageSize, VirtRange};
 use dune_x86::paging::FlushTlb;
 
 use crate::arch;
+use crate::machine::Machine;
 use crate::thread::ThreadArea;
 
 /// Number of process-context identifiers (SDM vol. 3, 4.10.1).
@@ -38,6 +39,9 @@ const MOST_SINGLE_PAGES: u64 = 32;
 
 /// How many address spaces there are.
 pub(crate) static SPACES: AtomicU32 = AtomicU32::new(0);
+
+/// The highest PCID that was ever given out: above it no bit is ever set.
+pub(crate) static HIGHEST_PCID: AtomicU32 = AtomicU32::new(0);
 
 /// The PCIDs that a vCPU's TLB may keep entries of, as a bit set.
 #[derive(Debug)]
@@ -64,7 +68,8 @@ impl ValidPcids {
     }
 
     fn clear_all(&self) {
-        for word in &self.0 {
+        let words = HIGHEST_PCID.load(Ordering::SeqCst) as usize / 64 + 1;
+        for word in self.0.iter().take(words) {
             word.store(0, Ordering::SeqCst);
         }
     }
@@ -82,7 +87,7 @@ pub(crate) fn forget_all(area: &ThreadArea) {
 /// forwarded system call and an exit of every vCPU that runs (some 10,000 instructions):
 /// gather the [`Flush`](super::Flush)es of several edits with [`Flush::and`](super::Flush::and).
 ///
-/// In Dune mode only: outside, all methods do nothing but for the process's other vCPUs.
+/// Outside Dune mode every flush makes KVM forget all that its vCPUs know: correct, and dear.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tlb(());
 
@@ -128,6 +133,10 @@ impl FlushTlb for Tlb {
 #[inline]
 fn flush_everywhere_if_shared() -> bool {
     if !crate::is_inside() {
+        // There is no guest to touch the flush page; parked vCPUs keep translations too.
+        if let Some(machine) = Machine::get() {
+            machine.vm().flush_every_vcpu();
+        }
         return true;
     }
     if ThreadArea::only_one() {
@@ -181,7 +190,11 @@ impl SpaceTlb {
             running |= runs.load(Ordering::SeqCst) == u32::from(self.pcid) + 1;
         }
         if running {
-            flush_every_vcpu();
+            if crate::is_inside() {
+                flush_every_vcpu();
+            } else if let Some(machine) = Machine::get() {
+                machine.vm().flush_every_vcpu();
+            }
         }
     }
 }
