@@ -222,9 +222,7 @@ impl End {
         match self {
             Self::Exit(status) => std::process::exit(status.into()),
             Self::Killed(signal) => {
-                signal::host::set_default(signal);
-                signal::host::set_mask(0);
-                signal::host::raise(signal);
+                signal::host::die_of(signal);
                 // Not reached unless the signal is one that does not kill.
                 std::process::exit(128 + signal as i32)
             }

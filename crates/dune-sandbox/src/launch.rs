@@ -28,6 +28,7 @@ use linux_raw_sys::general::{__NR_getrandom, __NR_prctl};
 use linux_raw_sys::prctl::PR_SET_NAME;
 
 use crate::calls::memory::{Space, map_anonymous, map_file, set_access, unmap};
+use crate::calls::process::settle_identity;
 use crate::calls::{Answer, fd, forward_always, own, own_mut};
 use crate::engine::{Access, UserState};
 use crate::guard::Guard;
@@ -246,6 +247,7 @@ fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
         unmap(guard, range)?;
     }
     fd::close_on_exec(guard, kept);
+    settle_identity()?;
     for signal in 1..=SIGNALS {
         if guard.signals.action(signal).disposition() == Disposition::Handler {
             guard.signals.set_action(signal, Action::default());

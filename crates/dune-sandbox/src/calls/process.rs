@@ -3,14 +3,16 @@
 use std::ffi::CString;
 
 use linux_raw_sys::general::{
-    __NR_capget, __NR_prctl, __NR_prlimit64, AT_EMPTY_PATH, AT_FDCWD, RLIM_NLIMITS, RLIMIT_AS,
-    RLIMIT_CORE, RLIMIT_DATA, RLIMIT_STACK,
+    __NR_capget, __NR_capset, __NR_getegid, __NR_geteuid, __NR_getuid, __NR_prctl, __NR_prlimit64,
+    __NR_setresgid, __NR_setresuid, AT_EMPTY_PATH, AT_FDCWD, RLIM_NLIMITS, RLIMIT_AS, RLIMIT_CORE,
+    RLIMIT_DATA, RLIMIT_STACK,
 };
 use linux_raw_sys::prctl::{
-    PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_GET_CHILD_SUBREAPER, PR_GET_DUMPABLE, PR_GET_KEEPCAPS,
-    PR_GET_NAME, PR_GET_NO_NEW_PRIVS, PR_GET_PDEATHSIG, PR_GET_SECCOMP, PR_GET_THP_DISABLE,
-    PR_GET_TIMERSLACK, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME,
-    PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, PR_SET_THP_DISABLE, PR_SET_TIMERSLACK,
+    PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, PR_CAPBSET_DROP, PR_CAPBSET_READ,
+    PR_GET_CHILD_SUBREAPER, PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_NAME, PR_GET_NO_NEW_PRIVS,
+    PR_GET_PDEATHSIG, PR_GET_SECCOMP, PR_GET_THP_DISABLE, PR_GET_TIMERSLACK,
+    PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG, PR_SET_THP_DISABLE, PR_SET_TIMERSLACK,
 };
 
 use crate::calls::{Answer, forward, forward_always, own, own_mut, user_pointer};
@@ -109,13 +111,70 @@ impl Limits {
 
 /// Whether the process has `CAP_SYS_RESOURCE`.
 fn may_raise_limits() -> bool {
-    const VERSION_3: u32 = 0x2008_0522;
     const CAP_SYS_RESOURCE: u32 = 24;
+    capabilities().is_ok_and(|(_, sets)| sets[0][0] & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+/// What `execve` makes of the identity: the saved ids become the effective
+/// ones, and who is not root keeps no capability that is not ambient. So a
+/// program that gave up its rights cannot hand them to the next one.
+///
+/// # Errors
+///
+/// Those of `setresuid` and `capset`.
+pub(crate) fn settle_identity() -> Result<(), Errno> {
+    /// "As it is", for `setresuid`.
+    const KEEP: u64 = u32::MAX as u64;
+    let id = |nr| forward_always(nr, [0; 6]);
+    let (user, group) = (id(__NR_geteuid)?, id(__NR_getegid)?);
+    // Capabilities first: changing the ids may take them away as well.
+    if user != 0 && id(__NR_getuid)? != 0 {
+        keep_ambient_capabilities()?;
+    }
+    forward_always(__NR_setresgid, [KEEP, KEEP, group, 0, 0, 0])?;
+    forward_always(__NR_setresuid, [KEEP, KEEP, user, 0, 0, 0])?;
+    let set = |option: u32, value: u64| {
+        // Cannot fail with these values.
+        let _ = forward_always(__NR_prctl, [u64::from(option), value, 0, 0, 0, 0]);
+    };
+    set(PR_SET_KEEPCAPS, 0);
+    set(PR_SET_DUMPABLE, 1);
+    Ok(())
+}
+
+/// Makes the permitted and the effective capabilities the ambient ones.
+fn keep_ambient_capabilities() -> Result<(), Errno> {
+    const CAPABILITIES: u64 = 64;
+    let (header, mut sets) = capabilities()?;
+    for capability in 0..CAPABILITIES {
+        let args = [
+            u64::from(PR_CAP_AMBIENT),
+            u64::from(PR_CAP_AMBIENT_IS_SET),
+            capability,
+            0,
+            0,
+            0,
+        ];
+        // An error for numbers that are none.
+        if forward_always(__NR_prctl, args) != Ok(1) {
+            let [effective, permitted, _] = &mut sets[capability as usize / 32];
+            *effective &= !(1 << (capability % 32));
+            *permitted &= !(1 << (capability % 32));
+        }
+    }
+    forward_always(__NR_capset, [own(&header), own(&sets), 0, 0, 0, 0]).map(drop)
+}
+
+/// Effective, permitted and inheritable capabilities; low and high half.
+type CapabilitySets = [[u32; 3]; 2];
+
+/// The process's capabilities, and the header to set them with.
+fn capabilities() -> Result<([u32; 2], CapabilitySets), Errno> {
+    const VERSION_3: u32 = 0x2008_0522;
     let header = [VERSION_3, 0];
-    // Effective, permitted, inheritable; low and high half.
-    let mut data = [[0_u32; 3]; 2];
-    let args = [own(&header), own_mut(&mut data), 0, 0, 0, 0];
-    forward_always(__NR_capget, args).is_ok() && data[0][0] & (1 << CAP_SYS_RESOURCE) != 0
+    let mut sets = CapabilitySets::default();
+    forward_always(__NR_capget, [own(&header), own_mut(&mut sets), 0, 0, 0, 0])?;
+    Ok((header, sets))
 }
 
 fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult {

@@ -14,8 +14,8 @@ use linux_raw_sys::general::{
 };
 
 use crate::host::{SysResult, syscall};
-use crate::signal::record::{call_interruptible, recorder};
-use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SigSet};
+use crate::signal::record::{call_interruptible, recorder, take};
+use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SIGNALS, SigSet};
 
 /// Bytes of the kernel's signal set.
 const SIGSET_LEN: u64 = 8;
@@ -134,6 +134,24 @@ pub(crate) fn raise(signal: u32) {
     let tid = unsafe { syscall(__NR_gettid, [0; 6]) }.unwrap_or(0);
     // SAFETY: a signal to ourselves; what it does is what the caller wants.
     let _ = unsafe { syscall(__NR_tgkill, [pid, tid, u64::from(signal), 0, 0, 0]) };
+}
+
+/// Ends this process by `signal`; returns only if that is one that does not
+/// kill. No other signal may come before it: those that wait are discarded,
+/// whether in the host or noted already.
+pub(crate) fn die_of(signal: u32) {
+    let ignore = Action {
+        handler: SIG_IGN,
+        ..Action::default()
+    };
+    for other in (1..=SIGNALS).filter(|&other| other != signal) {
+        // Fails for those that cannot be ignored.
+        let _ = set(other, &ignore);
+    }
+    set_default(signal);
+    let _ = take();
+    set_mask(0);
+    raise(signal);
 }
 
 /// Forbids core dumps of this process: they would hold the guard.
