@@ -433,7 +433,10 @@ fn errno_belongs_to_the_call_that_failed() {
             || unsafe { libc::mkdir(c"/".as_ptr(), 0o777) },
             libc::EEXIST,
         ),
-        (|| unsafe { libc::chdir(std::ptr::without_provenance(1)) }, libc::EFAULT),
+        (
+            || unsafe { libc::chdir(std::ptr::without_provenance(1)) },
+            libc::EFAULT,
+        ),
         (|| unsafe { libc::kill(getpid(), 999) }, libc::EINVAL),
         (
             || unsafe { libc::open(c"/dev/null/x".as_ptr(), 0) },
