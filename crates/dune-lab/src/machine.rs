@@ -2,7 +2,10 @@
 //!
 //! KVM is never used for the lab itself, even where it is there: the lab is
 //! for machines whose KVM cannot run ring 0, and for figures that repeat.
-#![expect(unsafe_code, reason = "set-up of a child between fork and exec; the TSC")]
+#![expect(
+    unsafe_code,
+    reason = "set-up of a child between fork and exec; the TSC"
+)]
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -14,7 +14,7 @@
 //! places. The slots that KVM has are enough for 2 TiB of 64 MiB each.
 //!
 //! Of this process, the guest's physical memory holds the arenas and the part
-//! below [`USER_HI`](crate::range::USER_HI), nothing else: whatever happens to
+//! below `USER_HI` ([`crate::range`]), nothing else: whatever happens to
 //! the page tables, the memory of the guard is not there to be reached.
 #![expect(
     unsafe_code,
