@@ -2,7 +2,7 @@
 //!
 //! The kernel knows one handler of ours for every signal that the program handles. In a
 //! thread in Dune mode it captures the signal for delivery inside the guest
-//! ([`crate::host::signals`], [`crate::guest::signals`]); in any other thread of the process
+//! (`host/signals.rs`, `guest/signals.rs`); in any other thread of the process
 //! it runs the program's handler on the spot.
 //!
 //! ```text
