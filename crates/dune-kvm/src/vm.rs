@@ -260,23 +260,17 @@ impl Vm {
         Ok((guest, Fresh::Yes))
     }
 
-    /// Gives back the window at `host` if there is one. `hide` takes it out of the page
-    /// tables; by then no translation finds it any more, and a thread that touches the
-    /// memory waits in [`ensure_window`](Self::ensure_window). KVM flushes what CPUs
-    /// remember of it.
+    /// Gives back a window that was taken by [`Windows::begin_release`]: no translation finds
+    /// it any more, and a thread that asks for it waits in
+    /// [`ensure_window`](Self::ensure_window). `hide` takes it out of the page tables; KVM
+    /// flushes what CPUs remember of it.
     ///
     /// Removing a slot makes KVM (Linux 6.1) forget the second-level entries of all of them,
     /// so do it seldom, and to many at a time.
-    pub fn release_window(&self, host: u64, hide: impl FnOnce()) {
-        let Some(guest) = self.windows.to_guest(host) else {
-            return;
-        };
-        let frame = (guest >> WINDOW_SHIFT) as u16;
-        if self.windows.begin_release(host, frame) {
-            hide();
-            let _ = self.set_slot(frame, host, 0);
-            self.windows.abandon(host, frame);
-        }
+    pub fn finish_release(&self, host: u64, frame: u16, hide: impl FnOnce()) {
+        hide();
+        let _ = self.set_slot(frame, host, 0);
+        self.windows.abandon(host, frame);
     }
 
     fn set_slot(&self, frame: u16, host: u64, size: u64) -> Result<(), Errno> {

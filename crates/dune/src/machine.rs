@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use dune_kvm::probe::Kvm;
 use dune_kvm::sys;
 use dune_kvm::vm::{Vm, VmError};
-use dune_kvm::windows::WINDOW_SHIFT;
+use dune_kvm::windows::{WINDOW_SHIFT, WINDOW_SIZE};
 use dune_x86::descriptors::Gate;
 use dune_x86::trap::vector;
 
@@ -190,6 +190,7 @@ impl Machine {
     /// how many.
     fn reclaim(&self) -> usize {
         const MOST_FRAMES: usize = 1 << 15;
+        const MOST_AT_ONCE: usize = 256;
         let mut live = [0_u64; MOST_FRAMES / 64];
         let windows = self.vm.windows();
         let complete = maps::read(|mapping| {
@@ -208,14 +209,36 @@ impl Machine {
         if !complete {
             return 0;
         }
-        let mut released = 0;
+        // What is mapped from here on is either seen by the second look, or its owner finds
+        // the window taken and waits for another.
+        let mut taken = [(0_u64, 0_u16, false); MOST_AT_ONCE];
+        let mut count = 0;
         for (host, frame) in windows.iter() {
-            let frame = usize::from(frame);
+            let index = usize::from(frame);
             let is_live = live
-                .get(frame / 64)
-                .is_none_or(|word| word >> (frame % 64) & 1 == 1);
-            if !is_live {
-                self.vm.release_window(host, || self.tables.hide(host));
+                .get(index / 64)
+                .is_none_or(|word| word >> (index % 64) & 1 == 1);
+            if let Some(place) = taken.get_mut(count).filter(|_| !is_live)
+                && windows.begin_release(host, frame)
+            {
+                *place = (host, frame, false);
+                count += 1;
+            }
+        }
+        let taken = taken.get_mut(..count).unwrap_or_default();
+        let complete = maps::read(|mapping| {
+            for (host, _, live) in taken.iter_mut().filter(|_| !mapping.rights.is_empty()) {
+                *live |= mapping.start < *host + WINDOW_SIZE && mapping.end > *host;
+            }
+            true
+        });
+        let mut released = 0;
+        for &mut (host, frame, live) in taken {
+            if live || !complete {
+                windows.publish(host, frame);
+            } else {
+                self.vm
+                    .finish_release(host, frame, || self.tables.hide(host));
                 released += 1;
             }
         }
