@@ -241,7 +241,8 @@ impl UserContext {
         let size = size_of::<UserFrame>() as u64;
         let address = self.inner as u64;
         let inner = self.inner_mut();
-        if !is_user(inner.frame.rip) || !is_user(inner.fs_base) || !is_user(inner.gs_base) {
+        if !is_user(inner.frame.rip) || !is_canonical(inner.fs_base) || !is_canonical(inner.gs_base)
+        {
             return Ok(Trap::Exception {
                 vector: vector::GENERAL_PROTECTION,
                 error: 0,
@@ -292,7 +293,13 @@ impl Drop for UserContext {
     }
 }
 
-/// In the lower half: what ring 3 may have as an instruction pointer or base.
+/// What `WRFSBASE` and `WRGSBASE` accept. Ring 3 may put either half there; what it can reach
+/// is decided by the page tables.
+fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
+/// In the lower half: what ring 3 may have as an instruction pointer.
 fn is_user(address: u64) -> bool {
     address >> 47 == 0
 }

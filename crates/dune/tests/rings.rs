@@ -332,6 +332,9 @@ fn ring_3_cannot_pass_for_ring_0() {
     context.registers_mut().rsi = 0x1000;
     assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
     assert_eq!((context.gs_base(), context.fs_base()), (stolen, 0x1000));
+    // And it can go on with that.
+    context.registers_mut().rip = Ring3::at(rings_gs).registers().rip;
+    assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
     let again: u64;
     // SAFETY: reads the base.
     unsafe { std::arch::asm!("rdgsbase {}", out(reg) again) };
