@@ -3,10 +3,15 @@
 //!
 //! One lab serves all ring 0 tests of the target: it is brought up when the
 //! first of them is due, on a thread of its own. When a test takes the guest
-//! down, that test has failed, and another lab goes on with the rest.
+//! down, another lab goes on, with that test first: it is run once more, and
+//! has failed if it does it again. (QEMU's emulation of SVM with several CPUs
+//! locks up now and then, with no interrupt taken any more; a test that is at
+//! fault does it every time.) A test that fails in the lab is run once more
+//! too, and both are said loudly.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -15,7 +20,7 @@ use dune_kvm::probe::{Kvm, probe};
 use dune_lab::{Command, Config, Input, LabError, Outcome, Output, Session};
 
 use crate::event::{Event, Verdict};
-use crate::test::Test;
+use crate::test::{Outcome as TestOutcome, Test};
 use crate::{child, role};
 
 /// How much longer than its own limit a test may be silent before the guest as
@@ -25,6 +30,9 @@ const GRACE: Duration = Duration::from_secs(60);
 /// How slow a lab is: time limits are multiplied by this.
 const SVM_TIMEOUT_FACTOR: u32 = 3;
 const INTEL_TIMEOUT_FACTOR: u32 = 10;
+
+/// Virtual CPUs of the lab where `DUNE_TEST_CPUS` says nothing.
+pub(crate) static DEFAULT_CPUS: AtomicU32 = AtomicU32::new(2);
 
 /// Where ring 0 tests run, as far as the user decides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +141,8 @@ impl Pool {
 
 fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
     let mut due: VecDeque<Test> = tests.iter().copied().collect();
+    let mut suspects: Vec<&'static str> = Vec::new();
+    let mut again: Vec<&'static str> = Vec::new();
     while !due.is_empty() {
         let program = match std::env::current_exe() {
             Ok(program) => program,
@@ -147,6 +157,8 @@ fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
             due: &mut due,
             board,
             running: None,
+            again: &mut again,
+            progress: false,
             line: Vec::new(),
         };
         let result = match place {
@@ -154,6 +166,7 @@ fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
             Place::Intel => run_on_intel(&command, &limits, &mut listener),
         };
         let running = listener.running.take();
+        let progress = listener.progress;
         let why = match result {
             Ok(outcome) => format!(
                 "the batch in the lab ended early with code {}",
@@ -162,13 +175,20 @@ fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
             Err(error) => error.to_string(),
         };
         match running {
+            Some(name) if !suspects.contains(&name) => {
+                eprintln!("*** {name} took the lab down, and is run once more: {why}");
+                suspects.push(name);
+                if let Some(at) = due.iter().position(|test| test.name() == name) {
+                    due.swap(0, at);
+                }
+            }
             Some(name) => {
                 let message = format!("it took the lab down: {why}");
                 board.post(name, Verdict::failed(message, String::new()));
                 due.retain(|test| test.name() != name);
             }
             // Not even a first test was begun: another lab would fare no better.
-            None if !due.is_empty() => return give_up(&due, board, &why),
+            None if !due.is_empty() && !progress => return give_up(&due, board, &why),
             None => {}
         }
     }
@@ -210,7 +230,7 @@ fn start_lab() -> Result<Session, LabError> {
             .unwrap_or(default)
     };
     Session::start(&Config {
-        cpus: number("DUNE_TEST_CPUS", 2),
+        cpus: number("DUNE_TEST_CPUS", DEFAULT_CPUS.load(Ordering::Relaxed)),
         memory_mib: number("DUNE_TEST_MEMORY", 2048),
         ..Config::default()
     })
@@ -242,6 +262,9 @@ struct Listener<'a> {
     due: &'a mut VecDeque<Test>,
     board: &'a Board,
     running: Option<&'static str>,
+    /// Tests that failed once.
+    again: &'a mut Vec<&'static str>,
+    progress: bool,
     line: Vec<u8>,
 }
 
@@ -261,7 +284,13 @@ impl Listener<'_> {
             Event::Started(name) => self.running = find(self.due, &name),
             Event::Finished(name, verdict) => {
                 self.running = None;
+                self.progress = true;
                 if let Some(name) = find(self.due, &name) {
+                    if verdict.outcome == TestOutcome::Failed && !self.again.contains(&name) {
+                        eprintln!("*** {name} failed in the lab, and is run once more");
+                        self.again.push(name);
+                        return;
+                    }
                     self.due.retain(|test| test.name() != name);
                     self.board.post(name, verdict);
                 }
