@@ -121,14 +121,14 @@ fn map(pages: usize, prot: c_int) -> *mut u8 {
 
 fn advise(at: *mut u8, page: usize, pages: usize, advice: c_int) -> bool {
     // SAFETY: advice about dumps changes no memory.
-    unsafe { libc::madvise(at.add(page * PAGE).cast(), pages * PAGE, advice) == 0 }
+    unsafe { libc::madvise(at.wrapping_add(page * PAGE).cast(), pages * PAGE, advice) == 0 }
 }
 
 /// Makes the guard itself read from the page: from memory, or not at all.
 fn have_the_guard_read(at: *mut u8, page: usize) -> bool {
     // SAFETY: the call blocks no signal that anybody waits for, and reads.
     unsafe {
-        let set = at.add(page * PAGE);
+        let set = at.wrapping_add(page * PAGE);
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, set, 0, 8) == 0
     }
 }
@@ -180,7 +180,8 @@ fn rights_half_way() {
             let _ = advise(filler, full - spare / 2 * 2, 2, libc::MADV_DONTDUMP);
         }
         // SAFETY: the range is this function's own.
-        let _ = unsafe { libc::mprotect(at.add(2 * PAGE).cast(), 4 * PAGE, libc::PROT_READ) };
+        let _ =
+            unsafe { libc::mprotect(at.wrapping_add(2 * PAGE).cast(), 4 * PAGE, libc::PROT_READ) };
         for page in 0..8 {
             insist("reading", have_the_guard_read(at, page));
         }
