@@ -5,6 +5,10 @@
 //! sandbox that runs the attacker, and the attacker.
 
 #![expect(unsafe_code, reason = "attacks are made of raw calls and pointers")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "an attack is a sequence of calls with one reason for all"
+)]
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, Stdio};
