@@ -133,11 +133,13 @@ impl Machine {
             "pc,vmport=off,usb=off,memory-backend=ram".into(),
         );
         option("-cpu", "max,+svm".into());
+        // One host thread for all virtual CPUs. With one each, QEMU's emulation of SVM
+        // loses interrupts: it changes the word of pending interrupts on every #VMEXIT
+        // without excluding the other threads that set bits in it, and sooner or later
+        // a CPU waits for an interrupt for ever.
+        option("-accel", "tcg,thread=single".into());
         if config.icount {
-            option("-accel", "tcg,thread=single".into());
             option("-icount", "shift=0,sleep=off".into());
-        } else {
-            option("-accel", "tcg,thread=multi".into());
         }
         option("-smp", text(config.cpus.to_string()));
         option("-m", text(format!("{}M", config.memory_mib)));

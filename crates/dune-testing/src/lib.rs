@@ -5,7 +5,7 @@
 //! it needs a KVM that many machines do not have. So each test of a target
 //! that uses this harness runs in a child process, with a time limit, and its
 //! output is captured; and tests marked `ring0` run here where KVM is backed
-//! by hardware, and otherwise all in one lab.
+//! by hardware, and otherwise in labs that share them.
 //!
 //! # A test target
 //!
@@ -52,14 +52,15 @@
 //! | `DUNE_REQUIRE_RING0=1` | a ring 0 test that cannot run fails; else it is ignored, loudly |
 //! | `DUNE_TEST_RING0=lab` | use the lab although the machine's KVM would do |
 //! | `DUNE_TEST_RING0=intel` | use the Intel lab, for the smoke tests; no others run |
-//! | `DUNE_TEST_CPUS=N` | virtual CPUs of the lab (default 2) |
-//! | `DUNE_TEST_MEMORY=MIB` | memory of the lab (default 2048) |
+//! | `DUNE_TEST_LABS=N` | how many labs share the tests (default: one a core) |
+//! | `DUNE_TEST_CPUS=N` | virtual CPUs of a lab (default 2) |
+//! | `DUNE_TEST_MEMORY=MIB` | memory of a lab (default 2048) |
 //! | `DUNE_TEST_TIMEOUT_SCALE=F` | multiplies all time limits |
 //!
 //! # The way of a ring 0 test
 //!
 //! ```text
-//!   main -> ring0::Pool (one lab) -> batch::run (this binary, in the guest)
+//!   main -> ring0::Pool (labs) -> batch::run (this binary, in the guest)
 //!        -> child::run (this binary again, one test) -> back as an Event
 //! ```
 

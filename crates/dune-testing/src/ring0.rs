@@ -1,13 +1,9 @@
-//! Where the ring 0 tests run, and the lab in which they do when this machine
+//! Where the ring 0 tests run, and the labs in which they do when this machine
 //! cannot, or when the Intel side is to be tested.
 //!
-//! One lab serves all ring 0 tests of the target: it is brought up when the
-//! first of them is due, on a thread of its own. When a test takes the guest
-//! down, another lab goes on, with that test first: it is run once more, and
-//! has failed if it does it again. (QEMU's emulation of SVM with several CPUs
-//! locks up now and then, with no interrupt taken any more; a test that is at
-//! fault does it every time.) A test that fails in the lab is run once more
-//! too, and both are said loudly.
+//! A lab's emulator is one host thread, so as many labs as the host has cores
+//! take the tests from one queue. They are brought up when the first test is
+//! due. A test that takes its lab down has failed, and another lab goes on.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
@@ -17,10 +13,10 @@ use std::thread;
 use std::time::Duration;
 
 use dune_kvm::probe::{Kvm, probe};
-use dune_lab::{Command, Config, Input, LabError, Outcome, Output, Session};
+use dune_lab::{Command, Config, Input, LabError, Output, Session};
 
 use crate::event::{Event, Verdict};
-use crate::test::{Outcome as TestOutcome, Test};
+use crate::test::Test;
 use crate::{child, role};
 
 /// How much longer than its own limit a test may be silent before the guest as
@@ -30,6 +26,9 @@ const GRACE: Duration = Duration::from_secs(60);
 /// How slow a lab is: time limits are multiplied by this.
 const SVM_TIMEOUT_FACTOR: u32 = 3;
 const INTEL_TIMEOUT_FACTOR: u32 = 10;
+
+/// Fewer tests than this are not worth another lab.
+const TESTS_WORTH_A_LAB: usize = 3;
 
 /// Virtual CPUs of the lab where `DUNE_TEST_CPUS` says nothing.
 pub(crate) static DEFAULT_CPUS: AtomicU32 = AtomicU32::new(2);
@@ -51,13 +50,6 @@ impl Place {
             Ok("lab") => Place::Svm,
             Ok("intel") => Place::Intel,
             _ => Place::Best,
-        }
-    }
-
-    fn timeout_factor(self) -> u32 {
-        match self {
-            Place::Best | Place::Svm => SVM_TIMEOUT_FACTOR,
-            Place::Intel => INTEL_TIMEOUT_FACTOR,
         }
     }
 }
@@ -132,41 +124,98 @@ impl Pool {
             let place = self.place;
             let tests = self.tests.clone();
             let board = Arc::clone(&self.board);
-            // The lab ends with the thread that starts it.
-            thread::spawn(move || run_in_labs(place, &tests, &board));
+            match place {
+                Place::Best | Place::Svm => run_in_labs(&tests, &board),
+                Place::Intel => {
+                    thread::spawn(move || run_on_intel(&tests, &board));
+                }
+            }
         });
         self.board.wait_for(test.name())
     }
 }
 
-fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
+/// The tests that are still due.
+type Queue = Arc<Mutex<VecDeque<Test>>>;
+
+fn lock(queue: &Queue) -> MutexGuard<'_, VecDeque<Test>> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs the tests in as many labs as are worth it, the longest first, so that
+/// no lab is left with a long one at the end.
+fn run_in_labs(tests: &[Test], board: &Arc<Board>) {
+    let mut due = tests.to_vec();
+    due.sort_by_key(|test| std::cmp::Reverse(test.timeout()));
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    // Waking a lab takes as long as a few short tests.
+    let worth = due.len().div_ceil(TESTS_WORTH_A_LAB);
+    let labs = number("DUNE_TEST_LABS", cores).clamp(1, worth.max(1));
+    let queue: Queue = Arc::new(Mutex::new(due.into()));
+    // A lab ends with the thread that starts it.
+    for _ in 0..labs {
+        let queue = Arc::clone(&queue);
+        let board = Arc::clone(board);
+        thread::spawn(move || serve(&queue, &board));
+    }
+}
+
+/// One lab, and another one whenever a test took it down.
+fn serve(queue: &Queue, board: &Board) {
+    let mut session = None;
+    loop {
+        let Some(test) = lock(queue).pop_front() else {
+            return;
+        };
+        let lab = match session.take().map_or_else(start_lab, Ok) {
+            Ok(lab) => lab,
+            Err(error) => {
+                // Where there is no lab for one, there is none for the others.
+                let mut rest = std::mem::take(&mut *lock(queue));
+                rest.push_front(test);
+                return give_up(&rest, board, &error);
+            }
+        };
+        session = run_on_svm(lab, test, board);
+    }
+}
+
+/// Runs a test; returns the lab if it lives.
+fn run_on_svm(mut lab: Session, test: Test, board: &Board) -> Option<Session> {
+    let limit = test.timeout() * SVM_TIMEOUT_FACTOR;
+    let command = batch(SVM_TIMEOUT_FACTOR, &[test]).timeout(Some(limit + GRACE));
+    let mut listener = Listener::new(board, std::slice::from_ref(&test));
+    let mut output = Output {
+        stdout: &mut listener,
+        stderr: &mut std::io::stderr(),
+    };
+    let result = lab.run(&command, Input::Nothing, &mut output);
+    let why = match &result {
+        Ok(outcome) => format!("its process in the lab ended with code {}", outcome.code),
+        Err(error) => format!("it took the lab down: {error}"),
+    };
+    // The first verdict is the one that counts.
+    board.post(test.name(), Verdict::failed(why, String::new()));
+    result.is_ok().then_some(lab)
+}
+
+/// Runs the tests on the Intel lab, all in one boot, because a boot takes a
+/// minute. When a test takes the guest down, it has failed, and another lab
+/// goes on behind it.
+fn run_on_intel(tests: &[Test], board: &Board) {
     let mut due: VecDeque<Test> = tests.iter().copied().collect();
-    let mut suspects: Vec<&'static str> = Vec::new();
-    let mut again: Vec<&'static str> = Vec::new();
     while !due.is_empty() {
-        let program = match std::env::current_exe() {
-            Ok(program) => program,
-            Err(error) => return give_up(&due, board, &error),
+        let all: Vec<Test> = due.iter().copied().collect();
+        let limit = all.iter().map(Test::timeout).sum::<Duration>() * INTEL_TIMEOUT_FACTOR;
+        let command = batch(INTEL_TIMEOUT_FACTOR, &all).timeout(Some(limit + GRACE));
+        let mut listener = Listener::new(board, &all);
+        let mut output = Output {
+            stdout: &mut listener,
+            stderr: &mut std::io::stderr(),
         };
-        let factor = place.timeout_factor();
-        let command = Command::new(program)
-            .args([role::BATCH, &factor.to_string()])
-            .args(due.iter().map(Test::name));
-        let limits: Vec<Duration> = due.iter().map(|test| test.timeout() * factor).collect();
-        let mut listener = Listener {
-            due: &mut due,
-            board,
-            running: None,
-            again: &mut again,
-            progress: false,
-            line: Vec::new(),
-        };
-        let result = match place {
-            Place::Best | Place::Svm => run_on_svm(&command, &limits, &mut listener),
-            Place::Intel => run_on_intel(&command, &limits, &mut listener),
-        };
-        let running = listener.running.take();
-        let progress = listener.progress;
+        let result = dune_lab::run_on_intel(&Config::default(), &command, &[], &mut output);
+        let (running, finished) = (listener.running, listener.finished);
+        due.retain(|test| !finished.contains(&test.name()));
         let why = match result {
             Ok(outcome) => format!(
                 "the batch in the lab ended early with code {}",
@@ -174,66 +223,40 @@ fn run_in_labs(place: Place, tests: &[Test], board: &Board) {
             ),
             Err(error) => error.to_string(),
         };
-        match running {
-            Some(name) if !suspects.contains(&name) => {
-                eprintln!("*** {name} took the lab down, and is run once more: {why}");
-                suspects.push(name);
-                if let Some(at) = due.iter().position(|test| test.name() == name) {
-                    due.swap(0, at);
-                }
-            }
-            Some(name) => {
-                let message = format!("it took the lab down: {why}");
-                board.post(name, Verdict::failed(message, String::new()));
-                due.retain(|test| test.name() != name);
-            }
+        if let Some(name) = running {
+            let message = format!("it took the lab down: {why}");
+            board.post(name, Verdict::failed(message, String::new()));
+            due.retain(|test| test.name() != name);
+        } else if finished.is_empty() {
             // Not even a first test was begun: another lab would fare no better.
-            None if !due.is_empty() && !progress => return give_up(&due, board, &why),
-            None => {}
+            return give_up(&due, board, &why);
         }
     }
 }
 
-fn run_on_svm(
-    command: &Command,
-    limits: &[Duration],
-    listener: &mut Listener<'_>,
-) -> Result<Outcome, LabError> {
-    let slowest = limits.iter().max().copied().unwrap_or_default();
-    let command = command.clone().idle_timeout(Some(slowest + GRACE));
-    let mut output = Output {
-        stdout: listener,
-        stderr: &mut std::io::stderr(),
-    };
-    start_lab()?.run(&command, Input::Nothing, &mut output)
-}
-
-fn run_on_intel(
-    command: &Command,
-    limits: &[Duration],
-    listener: &mut Listener<'_>,
-) -> Result<Outcome, LabError> {
-    let all = limits.iter().sum::<Duration>();
-    let command = command.clone().timeout(Some(all + GRACE));
-    let mut output = Output {
-        stdout: listener,
-        stderr: &mut std::io::stderr(),
-    };
-    dune_lab::run_on_intel(&Config::default(), &command, &[], &mut output)
+/// This binary again, in the guest, to run these tests.
+fn batch(factor: u32, tests: &[Test]) -> Command {
+    // Without a path of its own the binary is not found, and the lab says so.
+    let program = std::env::current_exe().unwrap_or_default();
+    Command::new(program)
+        .args([role::BATCH, &factor.to_string()])
+        .args(tests.iter().map(Test::name))
 }
 
 fn start_lab() -> Result<Session, LabError> {
-    let number = |name: &str, default: u32| {
-        std::env::var(name)
-            .ok()
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(default)
-    };
     Session::start(&Config {
         cpus: number("DUNE_TEST_CPUS", DEFAULT_CPUS.load(Ordering::Relaxed)),
         memory_mib: number("DUNE_TEST_MEMORY", 2048),
         ..Config::default()
     })
+}
+
+/// A number from the environment.
+fn number<T: std::str::FromStr>(name: &str, default: T) -> T {
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
 }
 
 /// No lab: the tests that are still due are ignored, loudly, or fail.
@@ -259,39 +282,37 @@ fn give_up(due: &VecDeque<Test>, board: &Board, why: &dyn std::fmt::Display) {
 
 /// Takes the batch's standard output apart into events.
 struct Listener<'a> {
-    due: &'a mut VecDeque<Test>,
     board: &'a Board,
+    names: Vec<&'static str>,
     running: Option<&'static str>,
-    /// Tests that failed once.
-    again: &'a mut Vec<&'static str>,
-    progress: bool,
+    finished: Vec<&'static str>,
     line: Vec<u8>,
 }
 
-impl Listener<'_> {
+impl<'a> Listener<'a> {
+    fn new(board: &'a Board, tests: &[Test]) -> Self {
+        Listener {
+            board,
+            names: tests.iter().map(Test::name).collect(),
+            running: None,
+            finished: Vec::new(),
+            line: Vec::new(),
+        }
+    }
+
     fn take(&mut self, line: &[u8]) {
         let Ok(event) = serde_json::from_slice::<Event>(line) else {
             // Not ours; a person may want to see it.
             eprintln!("{}", String::from_utf8_lossy(line));
             return;
         };
-        let find = |due: &VecDeque<Test>, name: &str| {
-            due.iter()
-                .map(Test::name)
-                .find(|candidate| *candidate == name)
-        };
+        let find = |name: &str| self.names.iter().copied().find(|known| *known == name);
         match event {
-            Event::Started(name) => self.running = find(self.due, &name),
+            Event::Started(name) => self.running = find(&name),
             Event::Finished(name, verdict) => {
                 self.running = None;
-                self.progress = true;
-                if let Some(name) = find(self.due, &name) {
-                    if verdict.outcome == TestOutcome::Failed && !self.again.contains(&name) {
-                        eprintln!("*** {name} failed in the lab, and is run once more");
-                        self.again.push(name);
-                        return;
-                    }
-                    self.due.retain(|test| test.name() != name);
+                if let Some(name) = find(&name) {
+                    self.finished.push(name);
                     self.board.post(name, verdict);
                 }
             }
