@@ -1,6 +1,5 @@
 //! Real programs in the sandbox, with the engine in guest, compared with their native runs.
-//! Where this machine's KVM does not run ring 0, all of it in the lab, with one virtual CPU:
-//! with two, QEMU's emulation of SVM locks up on this load.
+//! Where this machine's KVM does not run ring 0, all of it in the lab.
 
 mod programs;
 
@@ -89,5 +88,5 @@ fn main() -> ExitCode {
         ring0 sqlite,
         ring0 exit_codes_and_fatal_signals, timeout 200,
     };
-    programs::sandbox().unwrap_or_else(|| dune_testing::main_with_cpus(TESTS, 1))
+    programs::sandbox().unwrap_or_else(|| dune_testing::main(TESTS))
 }

@@ -104,14 +104,6 @@ pub fn main(tests: &'static [Test]) -> ExitCode {
     }
 }
 
-/// As [`main`], with so many virtual CPUs in the lab where `DUNE_TEST_CPUS`
-/// says nothing.
-#[must_use]
-pub fn main_with_cpus(tests: &'static [Test], cpus: u32) -> ExitCode {
-    ring0::DEFAULT_CPUS.store(cpus, std::sync::atomic::Ordering::Relaxed);
-    main(tests)
-}
-
 fn run_all(tests: &'static [Test]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     let show = arguments.nocapture || arguments.show_output;

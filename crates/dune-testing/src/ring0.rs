@@ -7,7 +7,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -29,9 +28,6 @@ const INTEL_TIMEOUT_FACTOR: u32 = 10;
 
 /// Fewer tests than this are not worth another lab.
 const TESTS_WORTH_A_LAB: usize = 3;
-
-/// Virtual CPUs of the lab where `DUNE_TEST_CPUS` says nothing.
-pub(crate) static DEFAULT_CPUS: AtomicU32 = AtomicU32::new(2);
 
 /// Where ring 0 tests run, as far as the user decides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,7 +241,7 @@ fn batch(factor: u32, tests: &[Test]) -> Command {
 
 fn start_lab() -> Result<Session, LabError> {
     Session::start(&Config {
-        cpus: number("DUNE_TEST_CPUS", DEFAULT_CPUS.load(Ordering::Relaxed)),
+        cpus: number("DUNE_TEST_CPUS", 2),
         memory_mib: number("DUNE_TEST_MEMORY", 2048),
         ..Config::default()
     })
