@@ -42,6 +42,7 @@ pub mod engine;
 pub mod guard;
 pub mod host;
 pub mod launch;
+pub mod program;
 pub mod range;
 mod signal;
 pub mod table;
