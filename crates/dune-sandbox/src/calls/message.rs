@@ -14,15 +14,20 @@
 
 use core::mem::offset_of;
 
-use linux_raw_sys::general::{__NR_recvmmsg, __NR_recvmsg, __NR_sendmmsg, __NR_sendmsg};
+use std::os::fd::RawFd;
+
+use linux_raw_sys::general::{
+    __NR_fcntl, __NR_poll, __NR_recvmmsg, __NR_recvmsg, __NR_sendmmsg, __NR_sendmsg, F_GETFL,
+    O_NONBLOCK, POLLOUT,
+};
 use linux_raw_sys::net::{
-    SCM_CREDENTIALS, SCM_RIGHTS, SCM_TXTIME, SO_MARK, SO_PRIORITY, SO_TIMESTAMPING_NEW,
-    SO_TIMESTAMPING_OLD, SOL_IP, SOL_IPV6, SOL_SOCKET, SOL_UDP,
+    MSG_DONTWAIT, SCM_CREDENTIALS, SCM_RIGHTS, SCM_TXTIME, SO_MARK, SO_PRIORITY,
+    SO_TIMESTAMPING_NEW, SO_TIMESTAMPING_OLD, SOL_IP, SOL_IPV6, SOL_SOCKET, SOL_UDP,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::calls::net::{ADDRESS_MAX, Address};
-use crate::calls::{forward, own, own_mut, user_pointer};
+use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -68,6 +73,8 @@ struct Message {
     name: Option<Address>,
     vectors: Vec<IoVec>,
     control: Vec<u8>,
+    /// The descriptors in `control`.
+    rights: Vec<RawFd>,
     /// As read, with pointers made good for receiving.
     header: Header,
 }
@@ -83,6 +90,7 @@ impl Message {
         }
         if header.control_len != 0 {
             message.control = read_control(guard, header)?;
+            message.rights = rights(&message.control)?;
         }
         Ok(message)
     }
@@ -119,6 +127,7 @@ impl Message {
             name: None,
             vectors,
             control: Vec::new(),
+            rights: Vec::new(),
             header,
         })
     }
@@ -174,7 +183,7 @@ fn name_len(header: &Header) -> Result<u64, Errno> {
     }
 }
 
-/// Copies control messages to be sent and looks through them.
+/// Copies control messages to be sent.
 fn read_control(guard: &Guard, header: &Header) -> Result<Vec<u8>, Errno> {
     /// More than the largest `net.core.optmem_max` that a kernel comes with:
     /// it would be `ENOBUFS` there too.
@@ -184,18 +193,63 @@ fn read_control(guard: &Guard, header: &Header) -> Result<Vec<u8>, Errno> {
     }
     let mut control = vec![0; header.control_len as usize];
     guard.memory().read(header.control, &mut control)?;
-    for message in ControlMessages(&control) {
+    Ok(control)
+}
+
+/// Looks through control messages to be sent, and returns the descriptors
+/// among them.
+fn rights(control: &[u8]) -> Result<Vec<RawFd>, Errno> {
+    let mut fds = Vec::new();
+    for message in ControlMessages(control) {
         let message = message?;
         if !may_be_sent(message.level, message.kind) {
             return Err(Errno::EINVAL);
         }
         if (message.level, message.kind) == (SOL_SOCKET, SCM_RIGHTS) {
-            for &fd in message.data.as_chunks::<4>().0 {
-                guard.user_fd(u64::from(u32::from_le_bytes(fd)))?;
-            }
+            let numbers = message.data.as_chunks::<4>().0;
+            fds.extend(numbers.iter().map(|&fd| RawFd::from_le_bytes(fd)));
         }
     }
-    Ok(control)
+    Ok(fds)
+}
+
+/// Makes the call, which is to copy the descriptors `rights`, of which none
+/// may be the guard's at that moment. So the guard makes none meanwhile, and
+/// the call does not wait while it must not: the waiting is done apart.
+/// (The time limit `SO_SNDTIMEO` does not bind such a call.)
+fn send<const FLAGS: usize>(guard: &Guard, nr: u32, args: Args, rights: &[RawFd]) -> SysResult {
+    if rights.is_empty() {
+        return forward(nr, args);
+    }
+    let dont_wait = u64::from(MSG_DONTWAIT);
+    let mut at_once = args;
+    at_once[FLAGS] |= dont_wait;
+    loop {
+        let hidden = guard.program.hidden_fds();
+        if rights.iter().any(|fd| hidden.binary_search(fd).is_ok()) {
+            return Err(Errno::EBADF);
+        }
+        let result = forward(nr, at_once);
+        drop(hidden);
+        let waits = result == Err(Errno::EAGAIN)
+            && args[FLAGS] & dont_wait == 0
+            && !is_nonblocking(args[0])?;
+        if !waits {
+            return result;
+        }
+        wait_until_writable(args[0])?;
+    }
+}
+
+fn is_nonblocking(fd: u64) -> Result<bool, Errno> {
+    let flags = forward_always(__NR_fcntl, [fd, u64::from(F_GETFL), 0, 0, 0, 0])?;
+    Ok(flags & u64::from(O_NONBLOCK) != 0)
+}
+
+fn wait_until_writable(fd: u64) -> SysResult {
+    // `struct pollfd`: a descriptor, then two halves.
+    let mut poll = [fd as u32, u32::from(POLLOUT as u16)];
+    forward(__NR_poll, [own_mut(&mut poll), 1, u64::MAX, 0, 0, 0])
 }
 
 /// Whether control messages of this kind hold nothing but plain data and
@@ -258,7 +312,8 @@ pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
     let message = Message::to_send(guard, at)?;
     let header = message.outgoing();
-    forward(__NR_sendmsg, [fd, own(&header), flags, 0, 0, 0])
+    let args = [fd, own(&header), flags, 0, 0, 0];
+    send::<2>(guard, __NR_sendmsg, args, &message.rights)
 }
 
 pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
@@ -282,7 +337,11 @@ pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
         0,
         0,
     ];
-    let done = forward(__NR_sendmmsg, many)?;
+    let rights: Vec<RawFd> = messages
+        .iter()
+        .flat_map(|message| message.rights.iter().copied())
+        .collect();
+    let done = send::<3>(guard, __NR_sendmmsg, many, &rights)?;
     tell_lengths(guard, &messages, &headers, done)?;
     Ok(done)
 }
@@ -400,8 +459,8 @@ mod tests {
     fn with_header(change: impl FnOnce(&mut Header, u64)) -> (Guard, UserPages) {
         let pages = UserPages::anonymous(1);
         let at = pages.start();
-        let mut guard = guard();
-        guard.areas = pages.areas.clone();
+        let guard = guard();
+        *guard.program.memory_mut() = pages.memory.read().unwrap().clone();
         let vector = IoVec {
             base: at + 1024,
             len: 64,

@@ -161,8 +161,8 @@ mod tests {
     #[test]
     fn an_address_is_copied_once_and_whole() {
         let pages = UserPages::anonymous(1);
-        let mut guard = guard();
-        guard.areas = pages.areas.clone();
+        let guard = guard();
+        *guard.program.memory_mut() = pages.memory.read().unwrap().clone();
         guard
             .memory()
             .write(pages.start(), b"\x01\0/tmp/x")

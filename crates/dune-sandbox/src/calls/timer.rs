@@ -29,6 +29,6 @@ pub(crate) fn timer_create(guard: &mut Guard, args: Args) -> SysResult {
 impl Guard {
     /// Whether `tid` is a thread that the program made, not one of the guard.
     fn is_thread_of_the_program(&self, tid: u32) -> bool {
-        tid == self.process.pid
+        tid == self.pid()
     }
 }
