@@ -48,6 +48,7 @@ mod signal;
 pub mod table;
 #[cfg(test)]
 mod testing;
+pub mod trace;
 pub mod user;
 pub mod vma;
 
