@@ -15,13 +15,16 @@
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::guard::MissingCall;
 use crate::signal::Dispositions;
 use crate::table;
+use crate::trace::Tracer;
 use crate::vma::Areas;
 
 /// The program's memory, as the guard keeps account of it.
@@ -53,6 +56,7 @@ pub(crate) struct Program {
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
     pid: AtomicU32,
+    tracer: OnceLock<Arc<Tracer>>,
 }
 
 impl Program {
@@ -65,7 +69,22 @@ impl Program {
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
             pid: AtomicU32::new(std::process::id()),
+            tracer: OnceLock::new(),
         }
+    }
+
+    /// Has every call traced from now on. Only the first tracer counts.
+    pub(crate) fn set_tracer(&self, tracer: Arc<Tracer>) {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(tracer.descriptors());
+        fds.sort_unstable();
+        drop(fds);
+        let _ = self.tracer.set(tracer);
+    }
+
+    /// Who wants to know of every call.
+    pub(crate) fn tracer(&self) -> Option<&Tracer> {
+        self.tracer.get().map(AsRef::as_ref)
     }
 
     /// The process's id, the same for the program and the host.

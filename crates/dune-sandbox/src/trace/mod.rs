@@ -16,6 +16,7 @@
 //! seen yet; calls that do not return (`exit`) are told at once.
 
 mod filter;
+mod hook;
 mod names;
 mod signature;
 mod summary;
@@ -23,6 +24,8 @@ mod text;
 mod values;
 
 use core::fmt::Write;
+use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 pub use filter::{Filter, FilterError};
@@ -46,6 +49,9 @@ pub trait Sink: Send + Sync {
 
     /// A signal reaches the program: its `siginfo`, decoded.
     fn signal(&self, event: &SignalEvent<'_>);
+
+    /// The descriptors it writes to, which the program must not touch.
+    fn descriptors(&self) -> Vec<RawFd>;
 }
 
 /// A system call.
@@ -115,6 +121,12 @@ fn description(errno: Errno) -> String {
     }
 }
 
+/// Calls that do not return.
+const EXITS: [u32; 2] = [__NR_exit, __NR_exit_group];
+
+/// Calls whose result is an address.
+const RETURN_ADDRESSES: [u32; 3] = [__NR_mmap, __NR_mremap, __NR_brk];
+
 /// What is traced, and how.
 pub struct Options {
     /// Which calls.
@@ -122,9 +134,18 @@ pub struct Options {
     /// Most bytes of a string or buffer.
     pub text_limit: usize,
     /// Where events go; `None` to count only.
-    pub sink: Option<Box<dyn Sink>>,
+    pub sink: Option<Arc<dyn Sink>>,
     /// Whether calls are counted.
     pub counting: Counting,
+}
+
+impl core::fmt::Debug for Options {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Options")
+            .field("text_limit", &self.text_limit)
+            .field("counting", &self.counting)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Whether calls are counted for a summary.
@@ -140,7 +161,7 @@ pub enum Counting {
 pub struct Tracer {
     filter: Filter,
     text_limit: usize,
-    sink: Option<Box<dyn Sink>>,
+    sink: Option<Arc<dyn Sink>>,
     summary: Option<Summary>,
 }
 
@@ -190,6 +211,12 @@ impl Tracer {
             .unwrap_or_default()
     }
 
+    /// The descriptors that the program must not touch.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let sink = self.sink.as_ref();
+        sink.map(|sink| sink.descriptors()).unwrap_or_default()
+    }
+
     /// A call begins.
     pub(crate) fn before(
         &self,
@@ -211,7 +238,7 @@ impl Tracer {
         if let Some(sink) = &self.sink {
             begun.wall = SystemTime::now();
             begun.words = self.words_before(nr, args, memory);
-            if matches!(nr, __NR_exit | __NR_exit_group) {
+            if EXITS.contains(&nr) {
                 let words: Vec<String> = begun.words.drain(..).flatten().collect();
                 self.tell(
                     sink.as_ref(),
@@ -257,9 +284,7 @@ impl Tracer {
             None => Outcome::Gone,
             Some(Err(Errno::ERESTARTSYS)) => Outcome::Interrupted,
             Some(Err(errno)) => Outcome::Failed(errno),
-            Some(Ok(value)) if matches!(begun.nr, __NR_mmap | __NR_mremap | __NR_brk) => {
-                Outcome::Address(value)
-            }
+            Some(Ok(value)) if RETURN_ADDRESSES.contains(&begun.nr) => Outcome::Address(value),
             Some(Ok(value)) => Outcome::Value(value),
         };
         // It begins again, and is counted then.
@@ -274,7 +299,7 @@ impl Tracer {
             };
             summary.count(begun.nr, failed, took);
         }
-        let told = matches!(begun.nr, __NR_exit | __NR_exit_group);
+        let told = EXITS.contains(&begun.nr);
         if let Some(sink) = self.sink.as_ref().filter(|_| !told) {
             let words = self.words_after(&begun, result, memory);
             self.tell(sink.as_ref(), &begun, &words, outcome, took, thread);
@@ -365,12 +390,14 @@ impl Tracer {
 /// The arguments that mean something: the mode of `open` only where a file may
 /// be made.
 fn shown(nr: u32, args: Args, signature: &'static [As]) -> &'static [As] {
-    use linux_raw_sys::general::{__NR_open, __NR_openat, O_CREAT, O_TMPFILE};
-    const MAKES: u64 = (O_CREAT | (O_TMPFILE & !linux_raw_sys::general::O_DIRECTORY)) as u64;
-    let flags = match nr {
-        __NR_open => args[1],
-        __NR_openat => args[2],
-        _ => return signature,
+    use linux_raw_sys::general::{__NR_open, __NR_openat, O_CREAT, O_DIRECTORY, O_TMPFILE};
+    const MAKES: u64 = (O_CREAT | (O_TMPFILE & !O_DIRECTORY)) as u64;
+    let flags = if nr == __NR_open {
+        args[1]
+    } else if nr == __NR_openat {
+        args[2]
+    } else {
+        return signature;
     };
     if flags & MAKES == 0 {
         &signature[..signature.len() - 1]
@@ -406,7 +433,7 @@ pub fn line_of(event: &CallEvent<'_>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use linux_raw_sys::general::*;
 
@@ -421,10 +448,12 @@ mod tests {
         }
 
         fn signal(&self, event: &SignalEvent<'_>) {
-            self.0
-                .lock()
-                .unwrap()
-                .push(format!("--- {} {} ---", event.name, event.info));
+            let line = format!("--- {} {} ---", event.name, event.info);
+            self.0.lock().unwrap().push(line);
+        }
+
+        fn descriptors(&self) -> Vec<RawFd> {
+            Vec::new()
         }
     }
 
@@ -433,7 +462,7 @@ mod tests {
         let tracer = Tracer::new(Options {
             filter: Filter::all(),
             text_limit: 32,
-            sink: Some(Box::new(Lines(Arc::clone(&lines)))),
+            sink: Some(Arc::new(Lines(Arc::clone(&lines)))),
             counting: Counting::Off,
         })
         .unwrap();
@@ -477,7 +506,7 @@ mod tests {
         );
         assert_eq!(
             trace(__NR_mmap, &[0, 8192, 3, 0x22, u64::MAX, 0], Ok(0x1000)),
-            "mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, NULL) = 0x1000"
+            "mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x1000"
         );
         assert_eq!(trace(__NR_kill, &[7, 15], Ok(0)), "kill(7, SIGTERM) = 0");
         assert_eq!(trace(__NR_exit_group, &[3], Ok(0)), "exit_group(3) = ?");

@@ -17,8 +17,10 @@ pub(crate) enum As {
     Long,
     /// An unsigned number.
     Count,
-    /// A number or address in hexadecimal; `NULL` for none.
+    /// An address in hexadecimal; `NULL` for none.
     Hex,
+    /// A number in hexadecimal; `0` for none.
+    HexNumber,
     /// Permissions, in octal.
     Mode,
     /// A descriptor, `AT_FDCWD` by its name.
@@ -116,8 +118,8 @@ pub(crate) enum Struct {
 }
 
 use As::{
-    Beside, CloneFlags, Count, Data, Fcntl, Fd, Flags, FutexTime, Hex, Int, Is, Long, Mode, OneOf,
-    Protocol, Signal, SocketOption, Strings, Text, Variables,
+    Beside, CloneFlags, Count, Data, Fcntl, Fd, Flags, FutexTime, Hex, HexNumber, Int, Is, Long,
+    Mode, OneOf, Protocol, Signal, SocketOption, Strings, Text, Variables,
 };
 use Struct::{
     Action, Address, AddressAt, Entries, Event, Events, FdSet, How, Limit, Message, Offset,
@@ -178,7 +180,7 @@ const SIGNATURES: &[(u32, &[As])] = &[
             PROT,
             Beside(names::MAP_TYPES, 0xf, names::MAP),
             Fd,
-            Hex,
+            HexNumber,
         ],
     ),
     (__NR_mprotect, &[Hex, Count, PROT]),
@@ -280,7 +282,7 @@ const SIGNATURES: &[(u32, &[As])] = &[
     (__NR_tee, &[Fd, Fd, Count, Flags(names::SPLICE)]),
     (
         __NR_copy_file_range,
-        &[Fd, Is(Offset), Fd, Is(Offset), Count, Hex],
+        &[Fd, Is(Offset), Fd, Is(Offset), Count, HexNumber],
     ),
     (__NR_socket, &[FAMILY, SOCKET, Protocol]),
     (__NR_socketpair, &[FAMILY, SOCKET, Protocol, Is(Pair)]),
@@ -377,9 +379,18 @@ const SIGNATURES: &[(u32, &[As])] = &[
         __NR_sched_setscheduler,
         &[Int, OneOf(names::SCHED), Is(Struct::Int)],
     ),
-    (__NR_prctl, &[OneOf(names::PRCTL), Hex, Hex, Hex, Hex]),
+    (
+        __NR_prctl,
+        &[
+            OneOf(names::PRCTL),
+            HexNumber,
+            HexNumber,
+            HexNumber,
+            HexNumber,
+        ],
+    ),
     (__NR_arch_prctl, &[OneOf(names::ARCH), Hex]),
-    (__NR_personality, &[Hex]),
+    (__NR_personality, &[HexNumber]),
     (
         __NR_futex,
         &[
@@ -388,12 +399,12 @@ const SIGNATURES: &[(u32, &[As])] = &[
             Count,
             FutexTime,
             Hex,
-            Hex,
+            HexNumber,
         ],
     ),
     (__NR_set_tid_address, &[Hex]),
     (__NR_set_robust_list, &[Hex, Count]),
-    (__NR_rseq, &[Hex, Count, Hex, Hex]),
+    (__NR_rseq, &[Hex, Count, HexNumber, HexNumber]),
     (__NR_getrandom, &[Data, Count, Flags(names::GRND)]),
     (__NR_memfd_create, &[Text, Flags(names::MFD)]),
     (__NR_unshare, &[Flags(names::CLONE)]),
@@ -402,19 +413,25 @@ const SIGNATURES: &[(u32, &[As])] = &[
     (__NR_chroot, &[Text]),
     (__NR_pivot_root, &[Text, Text]),
     (__NR_mount, &[Text, Text, Text, Hex, Hex]),
-    (__NR_umount2, &[Text, Hex]),
+    (__NR_umount2, &[Text, HexNumber]),
     (__NR_io_uring_setup, &[Count, Hex]),
-    (__NR_userfaultfd, &[Hex]),
+    (__NR_userfaultfd, &[HexNumber]),
     (__NR_bpf, &[Int, Hex, Count]),
-    (__NR_perf_event_open, &[Hex, Int, Int, Fd, Hex]),
+    (__NR_perf_event_open, &[Hex, Int, Int, Fd, HexNumber]),
     (__NR_seccomp, &[Int, Hex, Hex]),
     (__NR_membarrier, &[Int, Hex]),
-    (__NR_process_vm_readv, &[Int, Hex, Count, Hex, Count, Hex]),
-    (__NR_process_vm_writev, &[Int, Hex, Count, Hex, Count, Hex]),
-    (__NR_vmsplice, &[Fd, Hex, Count, Hex]),
-    (__NR_shmget, &[Hex, Count, Hex]),
-    (__NR_shmat, &[Int, Hex, Hex]),
-    (__NR_semget, &[Hex, Int, Hex]),
+    (
+        __NR_process_vm_readv,
+        &[Int, Hex, Count, Hex, Count, HexNumber],
+    ),
+    (
+        __NR_process_vm_writev,
+        &[Int, Hex, Count, Hex, Count, HexNumber],
+    ),
+    (__NR_vmsplice, &[Fd, Hex, Count, HexNumber]),
+    (__NR_shmget, &[Hex, Count, HexNumber]),
+    (__NR_shmat, &[Int, Hex, HexNumber]),
+    (__NR_semget, &[Hex, Int, HexNumber]),
 ];
 
 /// How the arguments of the call `nr` are printed, if there is such a call.

@@ -48,7 +48,15 @@ impl Values<'_> {
                 pointer(out, value);
                 Ok(())
             }
-            As::Mode => write!(out, "{:#03o}", value as u32),
+            As::HexNumber if value == 0 => {
+                out.push('0');
+                Ok(())
+            }
+            As::HexNumber => write!(out, "{value:#x}"),
+            As::Mode => {
+                octal(out, u64::from(value as u32));
+                Ok(())
+            }
             As::Fd if value as i32 == AT_FDCWD => {
                 out.push_str("AT_FDCWD");
                 Ok(())
@@ -381,7 +389,9 @@ impl Values<'_> {
                 let [flags, mode, resolve]: [u64; 3] = memory.read_value(addr)?;
                 out.push_str("{flags=");
                 names::beside(out, names::ACCESS_MODES, 3, names::OPEN, flags);
-                write!(out, ", mode={mode:#03o}, resolve={resolve:#x}}}")
+                out.push_str(", mode=");
+                octal(out, mode);
+                write!(out, ", resolve={resolve:#x}}}")
             }
         };
         Ok(())
@@ -541,6 +551,11 @@ pub(crate) fn pointer(out: &mut String, addr: u64) {
     }
 }
 
+/// As C has it, with three digits at least.
+fn octal(out: &mut String, value: u64) {
+    let _ = write!(out, "0{value:02o}");
+}
+
 fn comma(out: &mut String, index: u64) {
     if index > 0 {
         out.push_str(", ");
@@ -583,7 +598,8 @@ fn limit(out: &mut String, value: u64) {
 
 fn mode(out: &mut String, mode: u32) {
     names::one_of(out, names::FILE_TYPES, u64::from(mode & S_IFMT));
-    let _ = write!(out, "|{:#05o}", mode & !S_IFMT);
+    out.push('|');
+    octal(out, u64::from(mode & !S_IFMT));
 }
 
 /// `struct stat` as words of 64 bits.
