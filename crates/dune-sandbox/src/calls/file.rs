@@ -7,7 +7,7 @@ use linux_raw_sys::general::{
 };
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
-use crate::calls::{fd, forward, own, procfs, user_pointer};
+use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -82,8 +82,8 @@ pub(crate) fn readlinkat(guard: &mut Guard, args: Args) -> SysResult {
     if (len as i32) <= 0 {
         return Err(Errno::EINVAL);
     }
-    if procfs::is_exe_link(&guard.process, &path) {
-        let target = &guard.process.exe;
+    if procfs::is_exe_link(guard.pid(), &path) {
+        let target = guard.program.process().exe.clone();
         let count = target.len().min(len as usize);
         guard.memory().write(buffer, &target[..count])?;
         return Ok(count as u64);
@@ -125,6 +125,9 @@ fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, request, argument, ..] = args;
+    if request as u32 == linux_raw_sys::ioctl::SIOCGIFCONF {
+        return net::list_interfaces(guard, fd, argument);
+    }
     let Some(kind) = ioctl_argument(request as u32) else {
         guard.count_missing(__NR_ioctl);
         return Err(Errno::ENOTTY);

@@ -9,10 +9,14 @@ pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod ioctl;
 pub(crate) mod memory;
+pub(crate) mod message;
+pub(crate) mod net;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;
+pub(crate) mod sockopt;
 pub(crate) mod time;
+pub(crate) mod timer;
 
 use core::fmt;
 use std::os::fd::RawFd;
@@ -133,7 +137,7 @@ impl Guard {
         for (index, kind) in call.args.iter().enumerate() {
             let value = args[index];
             checked[index] = match *kind {
-                Arg::Value | Arg::Checked => value,
+                Arg::Value | Arg::Copied(_) | Arg::Checked => value,
                 Arg::Fd => self.user_fd(value)?,
                 Arg::In(size) | Arg::Out(size) | Arg::InOut(size) => {
                     user_pointer(value, byte_count(size, &args)?)?
@@ -170,10 +174,10 @@ impl Guard {
     fn copy_string(&mut self, addr: u64, which: usize, kind: Arg) -> Result<u64, Errno> {
         // Two buffers serve: no call of the table has more strings.
         let buffer = self.strings.0.get_mut(which).ok_or(Errno::EINVAL)?;
-        let memory = UserMemory::new(&self.areas, self.process.pid);
+        let memory = UserMemory::new(self.program.memory_lock(), self.program.pid());
         let len = memory.read_cstr_into(addr, &mut buffer[..])?;
         if kind == Arg::Path {
-            procfs::replace_exe_link(&self.process, buffer, len)?;
+            procfs::replace_exe_link(&self.program, buffer, len)?;
         }
         Ok(own(&buffer[..]))
     }
@@ -195,7 +199,7 @@ impl Guard {
     pub(crate) fn read_path(&self, addr: u64) -> Result<Vec<u8>, Errno> {
         let mut buffer = [0; PATH_MAX];
         let len = self.memory().read_cstr_into(addr, &mut buffer)?;
-        procfs::replace_exe_link(&self.process, &mut buffer, len)?;
+        procfs::replace_exe_link(&self.program, &mut buffer, len)?;
         let end = buffer.iter().position(|&byte| byte == 0).unwrap_or(len);
         Ok(buffer[..=end].to_vec())
     }
