@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "makes granted system calls")]
 
 use dune::memory::UserFault;
-use dune::{PageFaultError, Trap, UserContext};
+use dune::{PageFaultError, Trap, TrapFrame, UserContext};
 
 use crate::compartment::GrantedTag;
 use crate::error::{Access, CompartmentError};
@@ -127,35 +127,30 @@ impl Guard<'_, '_> {
     #[inline]
     fn on_call(&mut self, context: &mut UserContext) -> Outcome {
         let registers = context.registers_mut();
-        let arguments = [
-            registers.rdi,
-            registers.rsi,
-            registers.rdx,
-            registers.r10,
-            registers.r8,
-            registers.r9,
-        ];
-        match registers.rax {
-            request::GATE => {
-                registers.rax = self.gate(arguments)?;
-                Ok(Next::Resume)
-            }
-            request::RETURN => Ok(Next::Returned),
-            number => {
-                registers.rax = self.call(number, arguments)?;
-                Ok(Next::Resume)
-            }
-        }
+        registers.rax = match registers.rax {
+            request::GATE => self.gate(registers)?,
+            request::RETURN => return Ok(Next::Returned),
+            number => self.call(number, registers)?,
+        };
+        Ok(Next::Resume)
     }
 
     #[inline]
-    fn gate(&mut self, [gate, a, b, c, d, _]: [u64; 6]) -> Result<u64, CompartmentError> {
+    fn gate(&mut self, registers: &TrapFrame) -> Result<u64, CompartmentError> {
+        let gate = registers.rdi;
         let refused = |reason| CompartmentError::RefusedGate { gate, reason };
         let entry = self.policy.gates.iter_mut().find(|e| e.address == gate);
         let Some(entry) = entry else {
             return Err(refused("it was not given; Builder::gate gives it"));
         };
-        (entry.behind)(&self.shell.space, a, b, c, d).map_err(|through| match through {
+        (entry.behind)(
+            &self.shell.space,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+        )
+        .map_err(|through| match through {
             Through::Sizes => refused("input or output do not have the sizes that it takes"),
             Through::Fault(UserFault { .. }) => {
                 refused("input or output are not the compartment's own memory")
@@ -165,7 +160,15 @@ impl Guard<'_, '_> {
 
     /// System calls, and the requests that are seldom.
     #[cold]
-    fn call(&mut self, number: u64, arguments: [u64; 6]) -> Result<u64, CompartmentError> {
+    fn call(&mut self, number: u64, registers: &TrapFrame) -> Result<u64, CompartmentError> {
+        let arguments = [
+            registers.rdi,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+            registers.r9,
+        ];
         let [a, b, c, d, e, _] = arguments;
         let refused = |reason| self.refused(number, arguments, reason);
         match number {
@@ -177,7 +180,7 @@ impl Guard<'_, '_> {
                 };
                 return Err(CompartmentError::Panicked { message });
             }
-            request::BYTES_GATE => return self.gate(arguments),
+            request::BYTES_GATE => return self.gate(registers),
             request::TAG_ALLOCATE => {
                 let Some(tag) = self.writable_tag(a) else {
                     return refused("it has no such tag to write to; Builder::tag grants one");

@@ -136,10 +136,12 @@ impl AddressSpace {
         SpaceTlb { pcid: self.pcid }
     }
 
+    #[inline]
     pub(crate) fn pcid(&self) -> u16 {
         self.pcid
     }
 
+    #[inline]
     pub(crate) fn root(&self) -> u64 {
         self.table.as_ref().map_or(0, |table| table.root().as_u64())
     }
