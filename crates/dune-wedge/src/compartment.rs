@@ -8,8 +8,8 @@ use std::cell::RefCell;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use dune::UserContext;
 use dune::memory::PteFlags;
-use dune::{Trap, UserContext};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::CompartmentError;
@@ -381,11 +381,11 @@ impl<'a> Compartment<'a> {
         let timed = watchdog.begin(&watchdog.slot(), time);
         loop {
             let trap = context.run(&guard.shell.space)?;
-            if trap == Trap::Interrupted && timed.is_late() {
-                return Err(CompartmentError::TimeLimit { limit: time });
-            }
             match guard.on_trap(trap, context)? {
-                Next::Resume => {}
+                Next::Interrupted if timed.is_late() => {
+                    return Err(CompartmentError::TimeLimit { limit: time });
+                }
+                Next::Resume | Next::Interrupted => {}
                 Next::Returned => break,
             }
         }

@@ -21,6 +21,8 @@ use crate::tag::Grant;
 
 /// The most bytes that one call of a compartment moves; it is told, and calls again.
 const BUFFER: usize = 64 << 10;
+/// `0F 05`.
+const SYSCALL_LENGTH: u64 = 2;
 
 /// What the guard needs to know of a compartment while it runs.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub(crate) struct Guard<'r, 'a> {
 pub(crate) enum Next {
     /// The compartment goes on.
     Resume,
+    /// A signal came; the compartment goes on, if it may.
+    Interrupted,
     /// The function has returned.
     Returned,
 }
@@ -44,7 +48,7 @@ pub(crate) enum Next {
 type Outcome = Result<Next, CompartmentError>;
 
 impl Guard<'_, '_> {
-    /// Handles why ring 3 came back, unless it was a signal.
+    /// Handles why ring 3 came back.
     #[inline]
     pub(crate) fn on_trap(&mut self, trap: Trap, context: &mut UserContext) -> Outcome {
         match trap {
@@ -54,7 +58,7 @@ impl Guard<'_, '_> {
                 vector,
                 at: context.registers().rip,
             }),
-            Trap::Interrupted => Ok(Next::Resume),
+            Trap::Interrupted => Ok(Next::Interrupted),
         }
     }
 
@@ -130,7 +134,16 @@ impl Guard<'_, '_> {
         registers.rax = match registers.rax {
             request::GATE => self.gate(registers)?,
             request::RETURN => return Ok(Next::Returned),
-            number => self.call(number, registers)?,
+            number => {
+                let result = self.call(number, registers)?;
+                if result == errno(libc::EINTR) {
+                    // There are no signals in a compartment. It makes the call again, unless
+                    // the signal says that its time is up.
+                    registers.rip = registers.rip.wrapping_sub(SYSCALL_LENGTH);
+                    return Ok(Next::Interrupted);
+                }
+                result
+            }
         };
         Ok(Next::Resume)
     }
@@ -205,7 +218,8 @@ impl Guard<'_, '_> {
             }
             libc::SYS_tgkill if c as i32 == libc::SIGABRT => Err(CompartmentError::Aborted),
             libc::SYS_getpid | libc::SYS_gettid => Ok(1),
-            libc::SYS_sched_yield => Ok(0),
+            // There is nothing to unmap, and no signal to have a stack for.
+            libc::SYS_sched_yield | libc::SYS_munmap | libc::SYS_sigaltstack => Ok(0),
             libc::SYS_rt_sigprocmask => {
                 // There are no signals in a compartment; the old mask is empty.
                 let old = [0_u8; 8];

@@ -22,7 +22,8 @@ bitflags::bitflags! {
     /// others: what the guard does not know how to check cannot be granted.
     ///
     /// Answered for every compartment, because they say and do nothing: `getpid` and `gettid`
-    /// (1), `rt_sigprocmask` and `sched_yield` (0). `exit` and `exit_group` end it.
+    /// (1), `sched_yield`,
+    /// `rt_sigprocmask`, `sigaltstack` and `munmap` (0). `exit` and `exit_group` end it.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Calls: u32 {
         /// `clock_gettime`, `gettimeofday`, `time`.

@@ -73,6 +73,7 @@ pub(crate) fn runtime() -> Result<&'static Runtime, StartError> {
 
 fn prepare() -> Result<(Thread, Watchdog), StartError> {
     inside::panic::install_hook();
+    inside::auxiliary::remember();
     let watchdog = Watchdog::start().map_err(StartError::Watchdog)?;
     Ok((Thread::take()?, watchdog))
 }

@@ -104,6 +104,27 @@ fn the_standard_library_works_inside() {
     );
 }
 
+fn abort((): ()) {
+    std::process::abort()
+}
+
+fn exit((): ()) {
+    // SAFETY: ends the compartment.
+    unsafe { libc::exit(3) }
+}
+
+fn spin((): ()) {
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+fn spin_in_calls((): ()) {
+    loop {
+        std::thread::yield_now();
+    }
+}
+
 fn every_end_but_a_return_is_an_error_with_its_reason() {
     start();
     let mut compartment = Compartment::builder().build().unwrap();
@@ -116,13 +137,14 @@ fn every_end_but_a_return_is_an_error_with_its_reason() {
         other => panic!("{other:?}"),
     }
     assert!(matches!(
-        compartment.run(|()| std::process::abort(), ()) as Result<(), _>,
+        compartment.run(abort, ()),
         Err(CompartmentError::Aborted)
     ));
-    assert!(matches!(
-        compartment.run(|()| std::process::exit(3), ()) as Result<(), _>,
-        Err(CompartmentError::Exited { status: 3 })
-    ));
+    let exited = compartment.run(exit, ());
+    assert!(
+        matches!(exited, Err(CompartmentError::Exited { status: 3 })),
+        "{exited:?}"
+    );
     assert!(matches!(
         compartment.run(
             // SAFETY: ends the compartment.
@@ -221,14 +243,7 @@ fn an_endless_loop_is_ended() {
     let mut compartment = Compartment::builder().time_limit(limit).build().unwrap();
     for _ in 0..3 {
         let begin = Instant::now();
-        let result = compartment.run(
-            |()| {
-                loop {
-                    std::hint::spin_loop();
-                }
-            },
-            (),
-        ) as Result<(), _>;
+        let result = compartment.run(spin, ());
         assert!(
             matches!(result, Err(CompartmentError::TimeLimit { limit: l }) if l == limit),
             "{result:?}"
@@ -237,14 +252,7 @@ fn an_endless_loop_is_ended() {
         assert_eq!(compartment.run(|n: u8| n + 1, 1).unwrap(), 2);
     }
     // A loop of system calls too.
-    let result = compartment.run(
-        |()| {
-            loop {
-                std::thread::yield_now();
-            }
-        },
-        (),
-    ) as Result<(), _>;
+    let result = compartment.run(spin_in_calls, ());
     assert!(
         matches!(result, Err(CompartmentError::TimeLimit { .. })),
         "{result:?}"
@@ -308,7 +316,8 @@ fn runs_know_nothing_of_each_other() {
         let mut heap: Vec<u64> = Vec::with_capacity(5000);
         for n in 0..5000 {
             // SAFETY: within the capacity; any bytes will do.
-            found += u64::from(unsafe { heap.as_mut_ptr().add(n).read_volatile() } == SECRET);
+            found +=
+                u64::from(unsafe { heap.as_mut_ptr().wrapping_add(n).read_volatile() } == SECRET);
         }
         found
     };

@@ -5,6 +5,7 @@
 //! checks whatever comes out of it.
 #![expect(unsafe_code, reason = "requests to the guard are SYSCALL instructions")]
 
+pub(crate) mod auxiliary;
 pub(crate) mod entry;
 pub(crate) mod heap;
 pub(crate) mod panic;
@@ -71,7 +72,19 @@ pub(crate) fn replacements() -> Vec<(&'static CStr, u64)> {
         (c"time", time as *const () as u64),
         (c"gettimeofday", gettimeofday as *const () as u64),
     ];
-    heap.into_iter().chain(clocks).collect()
+    let others = [
+        (c"exit", exit as *const () as u64),
+        (c"getauxval", auxiliary::getauxval as *const () as u64),
+    ];
+    heap.into_iter().chain(clocks).chain(others).collect()
+}
+
+/// The functions that the process wants to have called at its end are not the compartment's
+/// to call.
+extern "C" fn exit(status: i32) -> ! {
+    loop {
+        ask(libc::SYS_exit_group as u64, [status as u64, 0, 0, 0, 0]);
+    }
 }
 
 // The kernel's vDSO provides these; a compartment asks the guard, as for every call.

@@ -3,14 +3,14 @@
 use dune_wedge::{Access, CompartmentError};
 
 /// Starts the runtime, with the thread in Dune mode.
-pub fn start() {
+pub(crate) fn start() {
     dune_wedge::start().unwrap();
     dune::enter().unwrap();
 }
 
 /// The run was ended by just this access.
 #[track_caller]
-pub fn assert_fault<T: std::fmt::Debug>(
+pub(crate) fn assert_fault<T: std::fmt::Debug>(
     result: Result<T, CompartmentError>,
     expected: u64,
     how: Access,
