@@ -28,8 +28,7 @@
 //!
 //! - Confinement of the host side (Landlock, seccomp): a program has the
 //!   rights of whoever runs it over files and processes.
-//! - Threads and processes: `clone`, `fork` and `vfork` give `ENOSYS`, as do
-//!   sockets. `execve` works.
+//! - Sockets.
 //! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
@@ -45,7 +44,9 @@ mod signal;
 pub mod table;
 #[cfg(test)]
 mod testing;
+mod threads;
 pub mod user;
+mod vfork;
 pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
