@@ -545,7 +545,7 @@ mod tests {
     #[test]
     fn missing_calls_are_refused_and_counted() {
         let mut guard = guard();
-        for number in [nr::__NR_fork, nr::__NR_fork, 400, u32::MAX] {
+        for number in [350, 350, 400, u32::MAX] {
             let (resume, rax) = call(&mut guard, number, &[]);
             assert_eq!((resume, rax), (Resume::Continue, Errno::ENOSYS.as_rax()));
         }
@@ -563,8 +563,8 @@ mod tests {
             missing,
             [
                 MissingCall {
-                    nr: nr::__NR_fork,
-                    name: Some("fork"),
+                    nr: 350,
+                    name: None,
                     count: 2
                 },
                 MissingCall {

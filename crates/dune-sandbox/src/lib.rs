@@ -28,7 +28,9 @@
 //!
 //! - Confinement of the host side (Landlock, seccomp): a program has the
 //!   rights of whoever runs it over files and processes.
-//! - Sockets.
+//! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
+//!   `vmsplice`, and sockets of other families than unix, inet and (for
+//!   questions about interfaces and routes) netlink.
 //! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 

@@ -234,11 +234,6 @@ impl State {
         matches!(self.phase, Phase::Running)
     }
 
-    /// Whether there is more than one thread.
-    pub(crate) fn is_shared(&self) -> bool {
-        self.members.len() > 1
-    }
-
     /// All threads.
     pub(crate) fn members(&self) -> impl Iterator<Item = (u32, Member)> + '_ {
         self.members.iter().map(|(&tid, &member)| (tid, member))

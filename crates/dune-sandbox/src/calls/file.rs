@@ -7,7 +7,7 @@ use linux_raw_sys::general::{
 };
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
-use crate::calls::{fd, forward, own, procfs, user_pointer};
+use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -125,6 +125,9 @@ fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, request, argument, ..] = args;
+    if request as u32 == linux_raw_sys::ioctl::SIOCGIFCONF {
+        return net::list_interfaces(guard, fd, argument);
+    }
     let Some(kind) = ioctl_argument(request as u32) else {
         guard.count_missing(__NR_ioctl);
         return Err(Errno::ENOTTY);
