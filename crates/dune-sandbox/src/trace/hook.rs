@@ -17,7 +17,7 @@ impl Guard {
     /// wants to know.
     pub(crate) fn trace_call(&self, nr: u32, args: Args) -> Option<Begun> {
         let tracer = self.program.tracer()?;
-        tracer.before(nr, args, self.memory(), self.pid())
+        tracer.before(nr, args, self.memory(), self.tid)
     }
 
     /// The call is over.
@@ -26,6 +26,7 @@ impl Guard {
         let result: Option<SysResult> = match *answer {
             Answer::Return(result) => Some(result),
             Answer::Registers => Some(Ok(0)),
+            // It ended.
             _ => None,
         };
         // The call of the parent, which tells it.
@@ -33,14 +34,14 @@ impl Guard {
             return;
         }
         if let Some(tracer) = self.program.tracer() {
-            tracer.after(begun, result, self.memory(), self.pid());
+            tracer.after(begun, result, self.memory(), self.tid);
         }
     }
 
     /// A signal reaches the program.
     pub(crate) fn trace_signal(&self, info: &SigInfo) {
         if let Some(tracer) = self.program.tracer() {
-            tracer.signal(info, self.pid());
+            tracer.signal(info, self.tid);
         }
     }
 }
