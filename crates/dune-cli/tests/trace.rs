@@ -30,6 +30,7 @@ const TESTS: &[Test] = &[
         "the_program_cannot_reach_the_trace",
         the_program_cannot_reach_the_trace,
     ),
+    ("children_are_followed", children_are_followed),
     ("unknown_calls_are_told", unknown_calls_are_told),
 ];
 
@@ -336,6 +337,39 @@ fn the_program_cannot_reach_the_trace() -> Outcome {
     let python = "/usr/bin/python3";
     let traced = ["trace", "-e", "none", "--", python];
     assert_eq!(fds(env!("CARGO_BIN_EXE_dune"), &traced)?, fds(python, &[])?);
+    Ok(())
+}
+
+/// Children write to the same trace, and count in the same summary.
+fn children_are_followed() -> Outcome {
+    let code = "/bin/echo one >/dev/null; (exit 3); exit $?";
+    let traced = |words: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_dune"))
+            .arg("trace")
+            .args(words)
+            .args(["--", "sh", "-c", code])
+            .env_remove(probe::PLACEMENT_VARIABLE)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let seen = traced(&["-e", "%process"]);
+    let text = stderr(&seen);
+    assert_eq!(seen.status.code(), Some(3), "{text}");
+    let child = |what: &str| {
+        text.lines()
+            .any(|line| line.starts_with("[pid ") && line.contains(what))
+    };
+    assert!(
+        child("execve(\"/bin/echo\", [\"/bin/echo\", \"one\"], "),
+        "{text}"
+    );
+    assert!(child("exit_group(3)"), "{text}");
+    assert!(text.contains("WEXITSTATUS(s) == 3"), "{text}");
+    let summary = stderr(&traced(&["-c", "-e", "exit_group"]));
+    let calls = summary.lines().find(|line| line.ends_with(" exit_group"));
+    let calls = calls.and_then(|line| line.split_whitespace().nth(3));
+    assert_eq!(calls, Some("3"), "{summary}");
     Ok(())
 }
 

@@ -250,6 +250,8 @@ impl Program {
         engine.renew()?;
         let mut fds = engine.fds();
         fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
+        // Children are traced, too.
+        fds.extend(self.tracer().map(Tracer::descriptors).unwrap_or_default());
         // Pipes of other threads' `vfork`, which must not be held open here.
         for fd in locks.fds.iter() {
             if !before.contains(fd) && !fds.contains(fd) {
