@@ -9,6 +9,8 @@ use dune_loader::{ImageError, find_command};
 
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
+use crate::handler::{HandleError, Handlers, Request};
+use crate::host::SysResult;
 use crate::launch::{self, LaunchError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
@@ -35,6 +37,7 @@ pub struct Command {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
+    handlers: Handlers,
 }
 
 /// What became of a program.
@@ -110,6 +113,7 @@ impl Command {
             args: Vec::new(),
             environment: std::env::vars_os().collect(),
             directory: None,
+            handlers: Handlers::default(),
         }
     }
 
@@ -165,6 +169,29 @@ impl Command {
         self
     }
 
+    /// Has `handler` answer the system call of this name. See
+    /// [`handler`](crate::handler).
+    ///
+    /// ```
+    /// use dune_sandbox::Command;
+    ///
+    /// let command = Command::new("id").handle("getuid", |_| Ok(0))?;
+    /// # let _ = command;
+    /// # Ok::<(), dune_sandbox::HandleError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`HandleError`], if there is no such call or it cannot have a handler.
+    pub fn handle(
+        mut self,
+        call: &str,
+        handler: impl Fn(&mut Request<'_>) -> SysResult + Send + Sync + 'static,
+    ) -> Result<Self, HandleError> {
+        self.handlers.add(call, handler)?;
+        Ok(self)
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -207,6 +234,7 @@ impl Command {
 
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.set_handlers(self.handlers);
         signal::host::forbid_core_dumps();
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;

@@ -20,6 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::guard::MissingCall;
+use crate::handler::Handlers;
 use crate::signal::Dispositions;
 use crate::table;
 use crate::vma::Areas;
@@ -52,6 +53,8 @@ pub(crate) struct Program {
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
+    /// Calls that the embedding program answers; set before the first runs.
+    pub(crate) handlers: Handlers,
     pid: AtomicU32,
 }
 
@@ -64,6 +67,7 @@ impl Program {
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
+            handlers: Handlers::default(),
             pid: AtomicU32::new(std::process::id()),
         }
     }
