@@ -232,6 +232,11 @@ impl Command {
             })
             .collect::<Result<Vec<_>, _>>()?;
 
+        let [token, ..] = launch::random_words().map_err(|errno| LaunchError::Host {
+            what: "random numbers",
+            source: errno.into(),
+        })?;
+        signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
         guard.set_handlers(self.handlers);
