@@ -4,6 +4,7 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use dune_loader::{ImageError, find_command};
 
@@ -14,6 +15,7 @@ use crate::host::SysResult;
 use crate::launch::{self, LaunchError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
+use crate::trace::Tracer;
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -38,6 +40,7 @@ pub struct Command {
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
     handlers: Handlers,
+    tracer: Option<Arc<Tracer>>,
 }
 
 /// What became of a program.
@@ -114,6 +117,7 @@ impl Command {
             environment: std::env::vars_os().collect(),
             directory: None,
             handlers: Handlers::default(),
+            tracer: None,
         }
     }
 
@@ -192,6 +196,13 @@ impl Command {
         Ok(self)
     }
 
+    /// Has every system call of the program traced.
+    #[must_use]
+    pub fn tracer(mut self, tracer: Arc<Tracer>) -> Self {
+        self.tracer = Some(tracer);
+        self
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -239,7 +250,10 @@ impl Command {
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
-        guard.set_handlers(self.handlers);
+        guard.program.set_handlers(self.handlers);
+        if let Some(tracer) = self.tracer {
+            guard.program.set_tracer(tracer);
+        }
         signal::host::forbid_core_dumps();
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::calls::fork::finish_vfork;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
-use crate::handler::{Handlers, Request};
+use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::program::Program;
 use crate::range::{PageRange, UserRange};
@@ -124,13 +124,6 @@ impl Guard {
             clear_child_tid: 0,
             never_restart: false,
             broken: None,
-        }
-    }
-
-    /// Gives the program's calls these handlers; it must not run yet.
-    pub(crate) fn set_handlers(&mut self, handlers: Handlers) {
-        if let Some(program) = Arc::get_mut(&mut self.program) {
-            program.handlers = handlers;
         }
     }
 
@@ -299,13 +292,17 @@ impl Guard {
         let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
         // As the kernel: the number is the low half.
         let nr = rax as u32;
+        let begun = self.trace_call(nr, args);
         let Some(call) = table::find(nr) else {
+            self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
             self.count_missing(nr);
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
         self.never_restart = false;
-        let result = match self.dispatch(call, user, args) {
+        let answer = self.dispatch(call, user, args);
+        self.trace_answer(begun, &answer);
+        let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
             Answer::Exit(status) => return Resume::Exit(status),
@@ -344,7 +341,7 @@ impl Guard {
                 Err(errno) => Answer::Return(Err(errno)),
             };
         }
-        Answer::Return(match self.program.handlers.find(call.nr) {
+        Answer::Return(match self.program.handler(call.nr) {
             Some(handler) => handler(&mut Request::new(self, call, args)),
             None => self.handle_without_handler(call, args),
         })

@@ -28,7 +28,7 @@ use crate::host::{Errno, SysResult};
 use crate::table::{self, Args, Call, Handling};
 
 /// A handler of one system call.
-type Handler = dyn Fn(&mut Request<'_>) -> SysResult + Send + Sync;
+pub(crate) type Handler = dyn Fn(&mut Request<'_>) -> SysResult + Send + Sync;
 
 /// The handlers of a program, by the number of their call.
 #[derive(Clone, Default)]
@@ -186,8 +186,8 @@ mod tests {
     }
 
     fn with(handlers: Handlers) -> Guard {
-        let mut guard = guard();
-        guard.set_handlers(handlers);
+        let guard = guard();
+        guard.program.set_handlers(handlers);
         guard
     }
 
