@@ -38,6 +38,7 @@ mod calls;
 pub mod command;
 pub mod engine;
 pub mod guard;
+pub mod handler;
 pub mod host;
 pub mod launch;
 pub mod program;
@@ -54,4 +55,5 @@ pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
 pub use guard::{End, Guard, MissingCall, Resume};
+pub use handler::{HandleError, Request};
 pub use launch::LaunchError;

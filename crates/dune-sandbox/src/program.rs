@@ -24,6 +24,7 @@ use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
+use crate::handler::{Handler, Handlers};
 use crate::host;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
@@ -119,6 +120,8 @@ pub(crate) struct Program {
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
+    /// Calls that the embedding program answers; set before the first runs.
+    handlers: OnceLock<Handlers>,
     pid: AtomicU32,
     tracer: OnceLock<Arc<Tracer>>,
     /// Whether this process is the child of a `fork`, with nobody to return to.
@@ -138,6 +141,7 @@ impl Program {
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
+            handlers: OnceLock::new(),
             pid: AtomicU32::new(std::process::id()),
             tracer: OnceLock::new(),
             forked: AtomicBool::new(false),
@@ -164,6 +168,16 @@ impl Program {
     /// The process's id, the same for the program and the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid.load(Ordering::Relaxed)
+    }
+
+    /// Gives the program's calls these handlers, once.
+    pub(crate) fn set_handlers(&self, handlers: Handlers) {
+        let _ = self.handlers.set(handlers);
+    }
+
+    /// The handler of a call, if it has one.
+    pub(crate) fn handler(&self, nr: u32) -> Option<Arc<Handler>> {
+        self.handlers.get()?.find(nr)
     }
 
     /// The lock itself, for [`UserMemory`](crate::user::UserMemory).
