@@ -291,10 +291,10 @@ fn live(birth: Birth) {
     host::set_mask(guard.signals.mask);
     let _ = guard.live(&mut user);
     // The vCPU is another thread's before anybody learns that this one is gone.
-    let clear = guard.clear_child_tid;
+    let (clear, status) = (guard.clear_child_tid, guard.status);
     host::block_all();
     drop(guard);
-    program.threads.leave(tid, None);
+    program.threads.leave(tid, status);
     clear_tid(&program, clear);
 }
 
