@@ -18,12 +18,13 @@
 //!
 //! Device files of physical memory (`/dev/mem`) are refused likewise.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general::{
-    __NR_dup3, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_openat,
+    __NR_dup3, __NR_fcntl, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_openat,
     __NR_prlimit64, __NR_read, __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD,
-    CLONE_FILES, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH,
+    CLONE_FILES, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE,
+    MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH,
     PROC_SUPER_MAGIC, RLIMIT_FSIZE, S_IFCHR, S_IFMT,
 };
 
@@ -104,7 +105,7 @@ pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -
         View::Rendered(what) => {
             let host = name.read_apart()?;
             let text = render(guard, what, &host)?;
-            let file = file_with(&text)?;
+            let file = memory_file(&text, MFD_CLOEXEC)?.0.into_raw_fd() as u64;
             // With the way of access that the program asked for.
             let file = HiddenName::take(&guard.program, file)?;
             file.open(flags)
@@ -422,14 +423,24 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
 
 /// Puts a file with `text` in the place of the descriptor `opened`.
 fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
-    let file = Owned::new(file_with(text)?);
+    let file = memory_file(text, MFD_CLOEXEC)?;
     let cloexec = flags & u64::from(O_CLOEXEC);
     forward_always(__NR_dup3, [file.fd(), opened, cloexec, 0, 0, 0])?;
     Ok(())
 }
 
-/// A file with `text`, at its beginning.
-fn file_with(text: &[u8]) -> SysResult {
+/// A descriptor for the program, of a file with these contents that nobody can
+/// change.
+pub(crate) fn sealed_file(contents: &[u8]) -> SysResult {
+    let file = memory_file(contents, MFD_ALLOW_SEALING)?;
+    let seals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
+    let args = [file.fd(), u64::from(F_ADD_SEALS), u64::from(seals), 0, 0, 0];
+    forward_always(__NR_fcntl, args)?;
+    Ok(file.0.into_raw_fd() as u64)
+}
+
+/// A file in memory that holds `text`, positioned at its start.
+fn memory_file(text: &[u8], flags: u32) -> Result<Owned, Errno> {
     // Writing past the program's file size limit would kill it.
     let mut limit = [0_u64; 2];
     let get = [0, u64::from(RLIMIT_FSIZE), 0, own_mut(&mut limit), 0, 0];
@@ -437,18 +448,15 @@ fn file_with(text: &[u8]) -> SysResult {
     if limit[0] < text.len() as u64 {
         return Err(Errno::EFBIG);
     }
-    let name = c"proc";
-    let args = [own(name), u64::from(MFD_CLOEXEC), 0, 0, 0, 0];
-    let file = forward_always(__NR_memfd_create, args)?;
+    let args = [own(c"proc"), u64::from(flags), 0, 0, 0, 0];
+    let file = Owned::new(forward_always(__NR_memfd_create, args)?);
     let mut rest = text;
     while !rest.is_empty() {
-        let args = [file, own(rest), rest.len() as u64, 0, 0, 0];
-        match forward_always(__NR_write, args) {
-            Ok(written) => rest = rest.get(written as usize..).unwrap_or_default(),
-            Err(errno) => return give_up(file, errno),
-        }
+        let args = [file.fd(), own(rest), rest.len() as u64, 0, 0, 0];
+        let written = forward_always(__NR_write, args)?;
+        rest = rest.get(written as usize..).unwrap_or_default();
     }
-    forward_always(__NR_lseek, [file, 0, 0, 0, 0, 0])?;
+    forward_always(__NR_lseek, [file.fd(), 0, 0, 0, 0, 0])?;
     Ok(file)
 }
 
