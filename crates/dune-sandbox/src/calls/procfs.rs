@@ -129,9 +129,7 @@ impl<'a> HiddenName<'a> {
             return Err(Errno::EBADF);
         }
         let fd = move_fd_high(Owned::new(fd).0).map_err(|error| Errno::of(&error))?;
-        let number = fd.as_raw_fd();
-        hidden.push(number);
-        hidden.sort_unstable();
+        program.pass(&mut hidden, fd.as_raw_fd());
         Ok(Self {
             program,
             fd: Some(fd),
@@ -179,9 +177,8 @@ impl<'a> HiddenName<'a> {
 
 impl Drop for HiddenName<'_> {
     fn drop(&mut self) {
-        let mut hidden = self.program.hidden_fds_mut();
         if let Some(fd) = self.fd.take() {
-            hidden.retain(|&other| other != fd.as_raw_fd());
+            self.program.close_passing(fd);
         }
     }
 }
