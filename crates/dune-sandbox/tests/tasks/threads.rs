@@ -250,12 +250,16 @@ fn read_byte(at: *const u8) -> u8 {
 /// may ever see the old contents once the unmapping is done.
 fn unmapping_beside_readers() {
     handle(libc::SIGSEGV, give_up_reading);
-    let at = map(1) as usize;
+    // The pages beside it stay, so that nothing else finds room in its place.
+    let at = map(3) as usize + PAGE;
+    let ready = Arc::new(AtomicU64::new(0));
     let generation = Arc::new(AtomicU64::new(0));
     let stale = Arc::new(AtomicU64::new(0));
     let readers = {
         let (generation, stale) = (Arc::clone(&generation), Arc::clone(&stale));
+        let ready = Arc::clone(&ready);
         Disturbance::by(2, move || {
+            ready.fetch_add(1, Ordering::Relaxed);
             let before = generation.load(Ordering::SeqCst);
             let value = read_byte(ptr::with_exposed_provenance(at));
             // Odd: the page was gone before the read began.
@@ -264,6 +268,9 @@ fn unmapping_beside_readers() {
             }
         })
     };
+    while ready.load(Ordering::Relaxed) < 1_000 {
+        thread::yield_now();
+    }
     for _ in 0..300 {
         // SAFETY: the page is this scenario's.
         unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), PAGE) };
