@@ -878,6 +878,20 @@ fn memory_in_many_places_is_reached() {
     }
 }
 
+/// What a child of `fork` would close and unmap must still be the engine's.
+#[test]
+fn a_seed_that_does_not_grow_leaves_its_cpu_for_the_next() {
+    let mut program = Program::new(touch());
+    drop(program.engine.seed().unwrap());
+    let one = program.engine.fds();
+    drop(program.engine.seed().unwrap());
+    assert_eq!(program.engine.fds(), one);
+    for fd in one {
+        let name = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+        assert!(name.to_string_lossy().contains("kvm"), "{name:?}");
+    }
+}
+
 #[test]
 fn an_area_over_gib_borders_is_reached() {
     let mut program = Program::new(touch());

@@ -194,8 +194,18 @@ impl Shared {
             Some(cpu) => cpu,
             None => self.new_cpu()?,
         };
-        cpu.reset_xstate()?;
+        // Never dropped before the VM: what is in `made` is mapped and open.
+        if let Err(error) = cpu.reset_xstate() {
+            self.keep(cpu);
+            return Err(error);
+        }
         Ok(cpu)
+    }
+
+    /// Puts a vCPU among those that nobody uses.
+    fn keep(&self, cpu: Cpu) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.push(cpu);
     }
 
     fn new_cpu(&self) -> Result<Cpu, EngineError> {
@@ -646,10 +656,8 @@ impl Engine for OnHost {
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
-        Ok(Box::new(Sown {
-            cpu: self.shared.cpu()?,
-            shared: Arc::clone(&self.shared),
-        }))
+        let cpu = self.shared.cpu()?;
+        Ok(Box::new(Sown(Self::with(Arc::clone(&self.shared), cpu))))
     }
 
     fn renew(&mut self) -> Result<(), EngineError> {
@@ -728,25 +736,17 @@ impl Drop for OnHost {
     fn drop(&mut self) {
         // SAFETY: taken once, here.
         let cpu = unsafe { ManuallyDrop::take(&mut self.cpu) };
-        let mut idle = self
-            .shared
-            .idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        idle.push(cpu);
+        self.shared.keep(cpu);
     }
 }
 
-/// A vCPU on its way to its thread.
-struct Sown {
-    cpu: Cpu,
-    shared: Arc<Shared>,
-}
+/// A vCPU on its way to its thread; back among the idle ones if it does not get
+/// there.
+struct Sown(OnHost);
 
 impl Seed for Sown {
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
-        let Self { cpu, shared } = *self;
-        Ok(Box::new(OnHost::with(shared, cpu)))
+        Ok(Box::new(self.0))
     }
 }
 
