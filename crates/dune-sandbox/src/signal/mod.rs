@@ -52,6 +52,9 @@ pub(crate) struct SigInfo {
 
 const _: () = assert!(size_of::<SigInfo>() == 128);
 
+/// `SI_USER`.
+pub(crate) const SI_USER: i32 = 0;
+
 /// `SI_QUEUE`.
 pub(crate) const SI_QUEUE: i32 = -1;
 

@@ -40,7 +40,7 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
 
 use crate::host::{Errno, SysResult, decode};
-use crate::signal::{SI_QUEUE, SIGNALS, SigInfo};
+use crate::signal::{SI_QUEUE, SI_USER, SigInfo};
 
 /// What a thread knows of its signals.
 struct Record {
@@ -74,7 +74,10 @@ static TOKEN: AtomicU64 = AtomicU64::new(0);
 
 /// The signal that kicks come by. The program may use it too, but cannot block
 /// it in the host: what it blocked is held by the guard.
-pub(crate) const KICK: u32 = SIGNALS;
+///
+/// A standard one, because those are sent even if the program has used up its
+/// queue (`RLIMIT_SIGPENDING`), and the one that nothing on Linux raises.
+pub(crate) const KICK: u32 = linux_raw_sys::general::SIGSTKFLT;
 
 /// Offsets in the kernel's `ucontext` of x86-64.
 mod ucontext {
@@ -132,9 +135,10 @@ pub(crate) fn kick_info() -> SigInfo {
 }
 
 fn is_kick(info: &SigInfo) -> bool {
-    info.signal() == KICK
-        && info.code == SI_QUEUE
-        && info.fields[1] == TOKEN.load(Ordering::Relaxed)
+    // With the queue full, the kernel sends the signal and loses the rest.
+    let is_bare = info.code == SI_USER && info.fields[0] == 0;
+    let is_marked = info.code == SI_QUEUE && info.fields[1] == TOKEN.load(Ordering::Relaxed);
+    info.signal() == KICK && (is_bare || is_marked)
 }
 
 /// Takes the signal that was noted, if any. All signals stay blocked in the
@@ -169,9 +173,12 @@ pub(crate) unsafe extern "C" fn recorder(signal: i32, info: *const SigInfo, cont
     }
     let kicked = is_kick(&info);
     RECORD.with(|record| {
-        if kicked {
+        if info.signal() == KICK {
+            // Also if it is the program's: one that waited already stands for
+            // the kick that came after it.
             record.pending.fetch_or(KICKED, Ordering::AcqRel);
-        } else {
+        }
+        if !kicked {
             // SAFETY: SIGNAL is clear: all signals are blocked while it is set.
             unsafe { *record.slot.get() = info };
             record.pending.fetch_or(SIGNAL, Ordering::AcqRel);

@@ -26,6 +26,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     ("unmapping_beside_readers", unmapping_beside_readers),
     ("fewer_rights_beside_writers", fewer_rights_beside_writers),
     ("exit_ends_all", exit_ends_all),
+    (
+        "exit_with_no_room_for_signals",
+        exit_with_no_room_for_signals,
+    ),
     ("abort_ends_all", abort_ends_all),
     ("the_leader_leaves_first", the_leader_leaves_first),
     ("exec_ends_the_others", exec_ends_the_others),
@@ -366,6 +370,19 @@ fn threads_in_every_state() {
 fn exit_ends_all() {
     threads_in_every_state();
     let _ = thread::spawn(|| std::process::exit(7)).join();
+}
+
+/// However few signals may be queued, other threads learn of the end.
+fn exit_with_no_room_for_signals() {
+    threads_in_every_state();
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: a limit of this process.
+    let set = unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &raw const none) };
+    println!("{set}");
+    std::process::exit(9);
 }
 
 fn abort_ends_all() {
@@ -767,6 +784,9 @@ fn descriptor_race() {
         })
     };
     for _ in 0..20 {
+        // The guard has it read by a thread of its own.
+        let stat = std::fs::read("/proc/self/stat").expect("the process's state");
+        assert!(!stat.is_empty());
         let barrier = Arc::new(Barrier::new(8));
         let threads: Vec<_> = (0..8)
             .map(|_| {
