@@ -126,18 +126,36 @@ impl Program {
     /// assert_eq!(program.argv.len(), 2);
     /// # Ok::<(), dune_loader::ImageError>(())
     /// ```
-    pub fn open(path: &Path, mut argv: Vec<CString>) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, argv: Vec<CString>) -> Result<Self, ImageError> {
+        Self::open_with(path, argv, &open_file)
+    }
+
+    /// As [`Program::open`], with every file opened by `open`: for callers that
+    /// have to look at what they open.
+    ///
+    /// `open` gets the path of a file that was regular and executable a moment
+    /// ago, and opens it for reading. It may refuse; a regular file is insisted
+    /// on afterwards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::open`], and what `open` returns.
+    pub fn open_with(
+        path: &Path,
+        mut argv: Vec<CString>,
+        open: &dyn Fn(&Path) -> io::Result<File>,
+    ) -> Result<Self, ImageError> {
         let filename = c_path(path)?;
         if argv.is_empty() {
             argv.push(CString::default());
         }
         let mut current = path.to_owned();
-        let mut file = open_executable(&current)?;
+        let mut file = open_executable(&current, open)?;
         for _ in 0..=SCRIPT_DEPTH_LIMIT {
             let start = read_start(&file, &current)?;
             let Some(line) = Shebang::parse(&start) else {
                 let image = identify(current, file, &start)?;
-                let linker = open_linker(&image)?;
+                let linker = open_linker(&image, open)?;
                 return Ok(Self {
                     filename,
                     argv,
@@ -150,11 +168,12 @@ impl Program {
                 reason,
             })?;
             let interpreter = path_of(&line.interpreter);
-            file =
-                open_executable(&interpreter).map_err(|error| ImageError::ScriptInterpreter {
+            file = open_executable(&interpreter, open).map_err(|error| {
+                ImageError::ScriptInterpreter {
                     script: current.clone(),
                     error: Box::new(error),
-                })?;
+                }
+            })?;
             let added = [
                 Some(line.interpreter),
                 line.argument,
@@ -184,13 +203,16 @@ impl Program {
     }
 }
 
-fn open_linker(program: &Image) -> Result<Option<Image>, ImageError> {
+fn open_linker(
+    program: &Image,
+    open: &dyn Fn(&Path) -> io::Result<File>,
+) -> Result<Option<Image>, ImageError> {
     let Some(name) = program.elf.interpreter() else {
         return Ok(None);
     };
     let path = path_of(name);
     let open = || {
-        let file = open_executable(&path)?;
+        let file = open_executable(&path, open)?;
         match Elf::parse(&file) {
             Ok(elf) => Ok(Image {
                 path: path.clone(),
@@ -210,20 +232,30 @@ fn open_linker(program: &Image) -> Result<Option<Image>, ImageError> {
 }
 
 /// Opens a regular file that may be executed.
-fn open_executable(path: &Path) -> Result<File, ImageError> {
+fn open_executable(
+    path: &Path,
+    open: &dyn Fn(&Path) -> io::Result<File>,
+) -> Result<File, ImageError> {
     check_executable(path)?;
+    let file =
+        open(path).map_err(
+            |error| match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
+                Errno::ACCESS => ImageError::NotReadable {
+                    path: path.to_owned(),
+                },
+                errno => lookup_error(path, errno),
+            },
+        )?;
+    let stat = rustix::fs::fstat(&file).map_err(|errno| lookup_error(path, errno))?;
+    check_regular(path, FileType::from_raw_mode(stat.st_mode))?;
+    Ok(file)
+}
+
+fn open_file(path: &Path) -> io::Result<File> {
     // Should a pipe or a terminal have taken the file's place meanwhile,
     // opening it must neither block nor make it the controlling terminal.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| match errno {
-        Errno::ACCESS => ImageError::NotReadable {
-            path: path.to_owned(),
-        },
-        errno => lookup_error(path, errno),
-    })?;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| lookup_error(path, errno))?;
-    check_regular(path, FileType::from_raw_mode(stat.st_mode))?;
-    Ok(file.into())
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
 
 fn check_executable(path: &Path) -> Result<(), ImageError> {

@@ -255,7 +255,8 @@ impl Command {
             guard.program.set_tracer(tracer);
         }
         signal::host::forbid_core_dumps();
-        let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
+        let stack_limit = guard.program.process().limits.stack();
+        let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
         let mut user = prepared.load(&mut guard)?;
         let end = guard.run(&mut user)?;
         let missing = guard.missing_calls();

@@ -15,9 +15,10 @@
 //! `r` is random, a multiple of the page size.
 
 use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use dune_loader::{
@@ -30,7 +31,7 @@ use linux_raw_sys::prctl::PR_SET_NAME;
 use crate::calls::fork::finish_vfork;
 use crate::calls::memory::{Space, map_anonymous, map_file, set_access, unmap};
 use crate::calls::process::settle_identity;
-use crate::calls::{Answer, fd, forward_always, own, own_mut};
+use crate::calls::{Answer, fd, forward_always, own, own_mut, procfs};
 use crate::engine::{Access, UserState};
 use crate::guard::{End, Guard, leave_process};
 use crate::host::Errno;
@@ -81,11 +82,40 @@ pub enum LaunchError {
 
 /// Everything that is decided before anything is changed.
 pub(crate) struct Prepared {
-    program: Program,
+    files: Files,
+    /// The program's path.
+    path: PathBuf,
+    /// The path that was asked for.
+    filename: CString,
     plan: LoadPlan,
     stack: StackImage,
     stack_range: PageRange,
     space: Space,
+}
+
+/// The files of a program, out of the present one's reach.
+struct Files {
+    of: Arc<crate::program::Program>,
+    /// The program, and its dynamic linker if it has one.
+    open: Vec<File>,
+}
+
+impl Files {
+    fn program(&self) -> RawFd {
+        self.open.first().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    fn linker(&self) -> Option<RawFd> {
+        self.open.get(1).map(AsRawFd::as_raw_fd)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for file in self.open.drain(..) {
+            self.of.close_passing(file);
+        }
+    }
 }
 
 /// Opens and plans a program; nothing of the process changes.
@@ -94,12 +124,16 @@ pub(crate) struct Prepared {
 ///
 /// If it cannot be run.
 pub(crate) fn prepare(
+    guard: &Guard,
     path: &Path,
     argv: Vec<CString>,
     envp: &[CString],
     stack_limit: u64,
 ) -> Result<Prepared, LaunchError> {
-    let program = Program::open(path, argv)?;
+    // Until the files are known to be the guard's, or closed, nobody may close or
+    // replace what has their numbers.
+    let mut hidden = guard.program.hidden_fds_mut();
+    let program = Program::open_with(path, argv, &|path| procfs::open_program(guard, path))?;
     let random = |what| {
         random_words().map_err(|errno| LaunchError::Host {
             what,
@@ -155,8 +189,25 @@ pub(crate) fn prepare(
         heap_end: heap_start,
         mmap_top,
     };
+    let Program {
+        filename,
+        image,
+        linker,
+        ..
+    } = program;
+    let open: Vec<File> = core::iter::once(image.file)
+        .chain(linker.map(|linker| linker.file))
+        .collect();
+    for file in &open {
+        guard.program.pass(&mut hidden, file.as_raw_fd());
+    }
     Ok(Prepared {
-        program,
+        files: Files {
+            of: Arc::clone(&guard.program),
+            open,
+        },
+        path: image.path,
+        filename,
         plan,
         stack,
         stack_range,
@@ -165,15 +216,6 @@ pub(crate) fn prepare(
 }
 
 impl Prepared {
-    /// The files that [`Prepared::load`] maps.
-    fn files(&self) -> Vec<RawFd> {
-        let linker = self.program.linker.as_ref();
-        core::iter::once(&self.program.image)
-            .chain(linker)
-            .map(|image| image.file.as_raw_fd())
-            .collect()
-    }
-
     /// Maps the program into a user space that is empty, and returns the state
     /// it starts in.
     ///
@@ -182,14 +224,13 @@ impl Prepared {
     /// If the host kernel refuses; then a part may be mapped.
     pub(crate) fn load(self, guard: &mut Guard) -> Result<UserState, LaunchError> {
         let failed = |what| move |errno| LaunchError::Map { what, errno };
-        let image = self.program.image.file.as_raw_fd();
+        let image = self.files.program();
         for segment in &self.plan.segments {
             map_segment(guard, segment, image).map_err(failed("the program"))?;
         }
-        if let (Some(plan), Some(linker)) = (&self.plan.interpreter, &self.program.linker) {
+        if let (Some(plan), Some(linker)) = (&self.plan.interpreter, self.files.linker()) {
             for segment in &plan.segments {
-                map_segment(guard, segment, linker.file.as_raw_fd())
-                    .map_err(failed("the dynamic linker"))?;
+                map_segment(guard, segment, linker).map_err(failed("the dynamic linker"))?;
             }
         }
         let attributes = Attributes {
@@ -209,13 +250,13 @@ impl Prepared {
 
         guard.program.memory_mut().space = self.space;
         let block = |range: dune_loader::UserRange| (range.start().get(), range.end().get());
-        let exe = real_path(&self.program.image.path);
+        let exe = real_path(&self.path);
         let mut process = guard.program.process_mut();
         process.arguments = block(self.stack.arguments);
         process.environment = block(self.stack.environment);
         process.exe = exe;
         drop(process);
-        set_name(&self.program.filename);
+        set_name(&self.filename);
 
         let mut user = UserState::default();
         user.regs.rip = self.plan.start().get();
@@ -234,7 +275,7 @@ pub(crate) fn replace(
 ) -> Answer {
     let path = Path::new(OsStr::from_bytes(path.to_bytes()));
     let stack_limit = guard.program.process().limits.stack();
-    let prepared = match prepare(path, argv, &envp, stack_limit) {
+    let prepared = match prepare(guard, path, argv, &envp, stack_limit) {
         Ok(prepared) => prepared,
         Err(error) => return Answer::Return(Err(errno_of(&error))),
     };
@@ -248,9 +289,7 @@ pub(crate) fn replace(
     }
     // From here on there is no way back to the old program.
     finish_vfork(&program);
-    let files = prepared.files();
-    let start =
-        clear(guard, &files).and_then(|()| prepared.load(guard).map_err(|error| errno_of(&error)));
+    let start = clear(guard).and_then(|()| prepared.load(guard).map_err(|error| errno_of(&error)));
     match start {
         Ok(start) if guard.tid == program.pid() => {
             *user = start;
@@ -276,7 +315,7 @@ pub(crate) fn replace(
 }
 
 /// Takes away what does not survive `execve`.
-fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
+fn clear(guard: &mut Guard) -> Result<(), Errno> {
     let program = Arc::clone(&guard.program);
     let mut memory = program.memory_mut();
     let areas: Vec<PageRange> = memory.areas.iter().map(|area| area.range).collect();
@@ -284,7 +323,7 @@ fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
         unmap(guard, &mut memory, range)?;
     }
     drop(memory);
-    fd::close_on_exec(guard, kept);
+    fd::close_on_exec(guard);
     settle_identity()?;
     let mut dispositions = program.dispositions();
     for signal in 1..=SIGNALS {

@@ -243,7 +243,8 @@ impl Program {
     }
 
     /// Closes a descriptor of [`Program::pass`].
-    pub(crate) fn close_passing(&self, fd: OwnedFd) {
+    pub(crate) fn close_passing(&self, fd: impl Into<OwnedFd>) {
+        let fd = fd.into();
         let mut hidden = self.hidden_fds_mut();
         replace_fds(&mut hidden, &[fd.as_raw_fd()], &[]);
         self.passing().retain(|&other| other != fd.as_raw_fd());

@@ -455,6 +455,21 @@ fn nested_pointers(target: &Target) {
 }
 
 fn mapping(target: &Target) {
+    refused(
+        "memfd_create",
+        call(__NR_memfd_create, &[at(c"huge"), u64::from(MFD_HUGETLB)]),
+    );
+    let event = works("eventfd", call(__NR_eventfd2, &[0, 0]));
+    let shared = u64::from(MAP_SHARED);
+    refused(
+        "mmap",
+        call(__NR_mmap, &[0, PAGE_SIZE, 3, shared, event, 0]),
+    );
+    let private = u64::from(MAP_PRIVATE | MAP_ANONYMOUS);
+    let map = call(__NR_mmap, &[0, PAGE_SIZE, 3, private, u64::MAX, 0]);
+    let page = works("mmap", map);
+    let advice = u64::from(MADV_DONTFORK);
+    refused("madvise", call(__NR_madvise, &[page, PAGE_SIZE, advice]));
     let fixed = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED);
     let rw = u64::from(PROT_READ | PROT_WRITE);
     let own = works(
@@ -573,7 +588,10 @@ fn proc_files(_target: &Target) {
         "/proc/self/mem",
         "/proc/thread-self/mem",
         "/proc/1/mem",
+        "/proc/1/environ",
         "/dev/mem",
+        "/dev/kmsg",
+        "/dev/kvm",
         "/proc/kcore",
     ] {
         let path = std::ffi::CString::new(path).unwrap_or_default();

@@ -87,10 +87,10 @@ fn pieces(first: u32, last: u32, hidden: &[RawFd]) -> Vec<(u32, u32)> {
     pieces
 }
 
-/// Closes what `execve` closes, except `kept`, which the guard still needs.
-pub(crate) fn close_on_exec(guard: &Guard, kept: &[RawFd]) {
+/// Closes what `execve` closes, except what is the guard's.
+pub(crate) fn close_on_exec(guard: &Guard) {
     let close_if_told = |fd: RawFd| {
-        if guard.is_hidden_fd(fd) || kept.contains(&fd) {
+        if guard.is_hidden_fd(fd) {
             return;
         }
         let get = [fd as u64, u64::from(F_GETFD), 0, 0, 0, 0];

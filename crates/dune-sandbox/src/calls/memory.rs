@@ -12,17 +12,18 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use linux_raw_sys::general::{
-    __NR_fstatfs, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync, __NR_munmap,
-    MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK,
-    MADV_DONTNEED, MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE,
-    MADV_NORMAL, MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
+    __NR_madvise, __NR_memfd_create, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync,
+    __NR_munmap, MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTNEED,
+    MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL,
+    MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
     MADV_SEQUENTIAL, MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS,
     MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE,
-    MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MREMAP_FIXED,
-    MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
+    MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MFD_HUGETLB,
+    MREMAP_FIXED, MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
 };
 
-use crate::calls::{forward_always, own_mut};
+use crate::calls::opened::check_mapping;
+use crate::calls::{forward, forward_always};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -86,14 +87,14 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     if flags & MAP_HUGETLB != 0 {
         return Err(Errno::ENOMEM);
     }
-    if !anonymous && access.contains(Access::EXEC) {
-        refuse_noexec(fd)?;
-    }
     let program = Arc::clone(&guard.program);
-    // Nobody may put one of the guard's descriptors in the place of `fd` now.
-    let hidden = program.hidden_fds();
-    if !anonymous && hidden.binary_search(&(fd as RawFd)).is_ok() {
-        return Err(Errno::EBADF);
+    // Nobody may put another file in the place of `fd` until it is mapped.
+    let hidden = (!anonymous).then(|| program.hidden_fds_mut());
+    if let Some(hidden) = &hidden {
+        if hidden.binary_search(&(fd as RawFd)).is_ok() {
+            return Err(Errno::EBADF);
+        }
+        check_mapping(fd, access.contains(Access::EXEC))?;
     }
     let mut memory = program.memory_mut();
     let range = choose(&memory, addr, len, flags)?;
@@ -185,21 +186,6 @@ fn choose(memory: &Memory, addr: u64, len: u64, flags: u32) -> Result<PageRange,
 fn check_limit(program: &Program, memory: &Memory, more: u64) -> Result<(), Errno> {
     let limits = program.process().limits;
     limits.check_address_space(memory.areas.bytes(), more)
-}
-
-/// `EPERM` for a file on a file system mounted `noexec`: the host does not see
-/// `PROT_EXEC`, so the guard has to ask.
-fn refuse_noexec(fd: u64) -> Result<(), Errno> {
-    const ST_NOEXEC: u64 = 8;
-    /// Index of `f_flags` in `struct statfs`.
-    const F_FLAGS: usize = 10;
-    let mut statfs = [0_u64; 15];
-    forward_always(__NR_fstatfs, [fd, own_mut(&mut statfs), 0, 0, 0, 0])?;
-    if statfs[F_FLAGS] & ST_NOEXEC != 0 {
-        Err(Errno::EPERM)
-    } else {
-        Ok(())
-    }
 }
 
 pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
@@ -456,9 +442,19 @@ pub(crate) fn set_access(guard: &mut Guard, range: PageRange, access: Access) ->
     mprotect(guard, [range.start(), range.len(), prot, 0, 0, 0]).map(drop)
 }
 
+/// The arguments are the guard's copy of the name, and flags.
+pub(crate) fn memfd_create(_guard: &mut Guard, args: Args) -> SysResult {
+    // The areas have pages of 4 KiB; as a kernel without huge pages.
+    if args[1] & u64::from(MFD_HUGETLB) != 0 {
+        return Err(Errno::EINVAL);
+    }
+    forward(__NR_memfd_create, args)
+}
+
 pub(crate) fn madvise(guard: &mut Guard, args: Args) -> SysResult {
     let [addr, len, advice, ..] = args;
     let advice = advice as u32;
+    // Not MADV_DONTFORK: the child's table would promise memory that is not there.
     let known = matches!(
         advice,
         MADV_NORMAL
@@ -468,7 +464,6 @@ pub(crate) fn madvise(guard: &mut Guard, args: Args) -> SysResult {
             | MADV_DONTNEED
             | MADV_FREE
             | MADV_REMOVE
-            | MADV_DONTFORK
             | MADV_DOFORK
             | MADV_MERGEABLE
             | MADV_UNMERGEABLE

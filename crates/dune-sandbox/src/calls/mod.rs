@@ -12,6 +12,7 @@ pub(crate) mod ioctl;
 pub(crate) mod memory;
 pub(crate) mod message;
 pub(crate) mod net;
+pub(crate) mod opened;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;

@@ -7,7 +7,7 @@
 //! | file | what the program gets |
 //! |---|---|
 //! | `mem` of any process, `kcore` | `EACCES` |
-//! | `maps` and others with addresses, of other processes | `EACCES` |
+//! | `maps` and others with addresses, and `environ`, of other processes | `EACCES` |
 //! | own `maps` | its own mappings, with its own rights |
 //! | `stat` of any process | the addresses in it are zero |
 //! | own `cmdline`, `environ` | its own strings |
@@ -16,24 +16,30 @@
 //! | own `fd`, `fdinfo` | without the guard's descriptors |
 //! | own `task` | without threads that are none of the program's |
 //!
-//! Device files of physical memory (`/dev/mem`) are refused likewise.
+//! Device files are refused likewise, except those of plain bytes: terminals,
+//! `/dev/null` and the like ([`crate::calls::opened`]).
 
+use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use linux_raw_sys::general::{
-    __NR_dup3, __NR_fcntl, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_openat,
-    __NR_prlimit64, __NR_read, __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD,
-    CLONE_FILES, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE,
-    MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH,
-    PROC_SUPER_MAGIC, RLIMIT_FSIZE, S_IFCHR, S_IFMT,
+    __NR_dup3, __NR_fcntl, __NR_lseek, __NR_memfd_create, __NR_openat, __NR_prlimit64, __NR_read,
+    __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD, CLONE_FILES, F_ADD_SEALS,
+    F_GETFL, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE, MFD_ALLOW_SEALING, MFD_CLOEXEC,
+    O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY,
+    RLIMIT_FSIZE,
 };
 
 use crate::calls::file::give_up;
+use crate::calls::opened::{Stat, is_on_proc};
 use crate::calls::{forward, forward_always, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult, move_fd_high};
-use crate::program::Program;
+use crate::program::{Program, replace_fds};
 use crate::range::USER_HI;
 use crate::signal::host;
 use crate::user::PATH_MAX;
@@ -103,7 +109,7 @@ pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -
         View::AsItIs => name.open(flags),
         View::Refused => Err(Errno::EACCES),
         View::Rendered(what) => {
-            let host = name.read_apart()?;
+            let host = name.read_apart(guard)?;
             let text = render(guard, what, &host)?;
             let file = memory_file(&text, MFD_CLOEXEC)?.0.into_raw_fd() as u64;
             // With the way of access that the program asked for.
@@ -156,7 +162,7 @@ impl<'a> HiddenName<'a> {
 
     /// Reads the file by a thread with descriptors of its own, where nobody
     /// else has the open file.
-    fn read_apart(&self) -> Result<Vec<u8>, Errno> {
+    fn read_apart(&self, guard: &Guard) -> Result<Vec<u8>, Errno> {
         let link = self.link();
         let read = move || {
             forward_always(__NR_unshare, [u64::from(CLONE_FILES), 0, 0, 0, 0, 0])?;
@@ -168,7 +174,15 @@ impl<'a> HiddenName<'a> {
         let mask = host::mask();
         // The new thread takes no signal of the program's.
         host::block_all();
-        let reader = std::thread::Builder::new().spawn(read);
+        let reader = {
+            // In Dune mode the thread's start may make a vCPU, whose descriptor
+            // must be hidden before anybody else can have it.
+            let mut hidden = self.program.hidden_fds_mut();
+            let before = guard.engine.fds();
+            let reader = std::thread::Builder::new().spawn(read);
+            replace_fds(&mut hidden, &before, &guard.engine.fds());
+            reader
+        };
         host::set_mask(mask);
         let text = reader.map_err(|_| Errno::EAGAIN)?.join();
         text.unwrap_or(Err(Errno::EIO))
@@ -206,17 +220,79 @@ fn look(guard: &Guard, opened: u64) -> View {
     let Ok(stat) = Stat::of(opened) else {
         return View::AsItIs;
     };
-    if stat.is_memory_device() {
+    if stat.is_foreign_device() || stat.is_pipe() && is_pipe_of_the_guard(guard, &stat) {
         return View::Refused;
     }
     if !stat.is_on_virtual_device() || !is_on_proc(opened) {
         return View::AsItIs;
     }
     match path_of(opened) {
-        Ok(path) => view(&path, guard.pid()),
+        Ok(path) => view(&path, |id| guard.is_own_id(id)),
         // Without a name nothing can be said of it.
         Err(_) => View::Refused,
     }
+}
+
+/// Whether the guard has this pipe open: through `/proc/self/fd` it could be
+/// opened again.
+fn is_pipe_of_the_guard(guard: &Guard, pipe: &Stat) -> bool {
+    let is_open = |fd: u64| {
+        // A descriptor that only names a file is on behalf of the program.
+        forward_always(__NR_fcntl, [fd, u64::from(F_GETFL), 0, 0, 0, 0])
+            .is_ok_and(|flags| flags & u64::from(O_PATH) == 0)
+    };
+    let hidden = guard.program.hidden_fds();
+    hidden.iter().any(|&fd| {
+        let fd = fd as u64;
+        is_open(fd) && Stat::of(fd).is_ok_and(|stat| stat.is_same_file(pipe))
+    })
+}
+
+/// Opens a file that `execve` is about to read, with every check that a program's
+/// own `open` gets; it must be a regular one, and none that procfs makes.
+///
+/// The caller holds the list of hidden descriptors exclusively. Other threads
+/// could still read what they guess the number of: so that is first a name
+/// only, and then a file that they could have opened themselves.
+///
+/// # Errors
+///
+/// `EACCES` for what is refused, or what the host kernel says.
+pub(crate) fn open_program(guard: &Guard, path: &Path) -> std::io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let open = |path: &CStr, flags: u32| {
+        let cwd = AT_FDCWD as i64 as u64;
+        let flags = u64::from(flags | O_CLOEXEC);
+        let path = own(path.to_bytes_with_nul());
+        forward_always(__NR_openat, [cwd, path, flags, 0, 0, 0]).map(Owned::new)
+    };
+    let check = |file: &Owned| {
+        // In this order: pipes are looked for in the list that the caller holds.
+        let is_regular = Stat::of(file.fd())?.is_regular();
+        if is_regular && look(guard, file.fd()) == View::AsItIs && !is_on_proc(file.fd()) {
+            Ok(())
+        } else {
+            Err(Errno::EACCES)
+        }
+    };
+    /// Should something else have taken the file's place meanwhile.
+    const READ: u32 = O_RDONLY | O_NONBLOCK | O_NOCTTY;
+    let opened = || {
+        if guard.program.is_single() {
+            let file = open(&path, READ)?;
+            check(&file)?;
+            return Ok(file);
+        }
+        let name = open(&path, O_PATH)?;
+        check(&name)?;
+        let link = CString::new(format!("/proc/self/fd/{}", name.fd())).unwrap_or_default();
+        let file = open(&link, READ)?;
+        check(&file)?;
+        Ok(file)
+    };
+    opened()
+        .map(|file| file.0.into())
+        .map_err(|errno: Errno| errno.into())
 }
 
 /// A folder that shows the program its own process.
@@ -241,8 +317,9 @@ impl Folder {
             b"task" => Self::Threads,
             _ => return None,
         };
-        let pid = guard.pid().to_string();
-        let is_own = names.take(3).any(|owner| owner == pid.as_bytes());
+        let is_own = names
+            .take(3)
+            .any(|owner| is_id(owner, |id| guard.is_own_id(id)));
         is_own.then_some(folder)
     }
 
@@ -272,8 +349,15 @@ enum What {
     Environment,
 }
 
-/// Decides by the name that the kernel gives an open file.
-fn view(path: &[u8], pid: u32) -> View {
+/// Whether `name` is the number of a process or thread, and one that `holds`.
+fn is_id(name: &[u8], holds: impl Fn(u32) -> bool) -> bool {
+    let number = core::str::from_utf8(name).ok();
+    number.and_then(|name| name.parse().ok()).is_some_and(holds)
+}
+
+/// Decides by the name that the kernel gives an open file; `is_own` tells of a
+/// number whether it is the process's or one of its threads'.
+fn view(path: &[u8], is_own: impl Fn(u32) -> bool) -> View {
     // The kernel says so of a process that has ended since.
     let path = path.strip_suffix(b" (deleted)").unwrap_or(path);
     let mut names = path.rsplit(|&byte| byte == b'/');
@@ -282,8 +366,7 @@ fn view(path: &[u8], pid: u32) -> View {
         return View::Refused;
     }
     // /proc/PID/NAME, /proc/PID/task/TID/NAME, /proc/PID/map_files/RANGE
-    let pid = pid.to_string();
-    let own = names.clone().take(3).any(|owner| owner == pid.as_bytes());
+    let own = names.clone().take(3).any(|owner| is_id(owner, &is_own));
     let folder = names.next();
     let is_process = names
         .chain(folder)
@@ -297,7 +380,7 @@ fn view(path: &[u8], pid: u32) -> View {
         return match name {
             b"stat" if is_process => View::Rendered(What::Stat),
             b"maps" | b"smaps" | b"smaps_rollup" | b"numa_maps" | b"pagemap" | b"map_files"
-            | b"auxv" | b"syscall" | b"stack" | b"clear_refs"
+            | b"auxv" | b"syscall" | b"stack" | b"clear_refs" | b"environ"
                 if is_process =>
             {
                 View::Refused
@@ -490,56 +573,6 @@ fn read_all(fd: u64) -> Result<Vec<u8>, Errno> {
     }
 }
 
-/// The parts of `struct stat` that are looked at.
-struct Stat {
-    device: u64,
-    mode: u32,
-    special: u64,
-}
-
-impl Stat {
-    fn of(fd: u64) -> Result<Self, Errno> {
-        /// `struct stat` of x86-64, in words.
-        const WORDS: usize = 18;
-        let mut words = [0_u64; WORDS];
-        forward_always(__NR_fstat, [fd, own_mut(&mut words), 0, 0, 0, 0])?;
-        Ok(Self {
-            device: words[0],
-            mode: words[3] as u32,
-            special: words[5],
-        })
-    }
-
-    fn is_memory_device(&self) -> bool {
-        const MEMORY_MAJOR: u64 = 1;
-        // mem, kmem, port
-        self.mode & S_IFMT == S_IFCHR
-            && major(self.special) == MEMORY_MAJOR
-            && matches!(minor(self.special), 1 | 2 | 4)
-    }
-
-    /// Whether its file system has no block device: procfs, and others.
-    fn is_on_virtual_device(&self) -> bool {
-        major(self.device) == 0
-    }
-}
-
-fn major(device: u64) -> u64 {
-    (device >> 8) & 0xfff
-}
-
-fn minor(device: u64) -> u64 {
-    (device & 0xff) | ((device >> 12) & 0xf_ff00)
-}
-
-fn is_on_proc(fd: u64) -> bool {
-    /// `struct statfs`, in words; the first is its type.
-    const WORDS: usize = 15;
-    let mut words = [0_u64; WORDS];
-    forward_always(__NR_fstatfs, [fd, own_mut(&mut words), 0, 0, 0, 0]).is_ok()
-        && words[0] == u64::from(PROC_SUPER_MAGIC)
-}
-
 /// The name that the kernel gives an open file.
 fn path_of(fd: u64) -> Result<Vec<u8>, Errno> {
     let link = format!("/proc/self/fd/{fd}\0");
@@ -563,7 +596,8 @@ mod tests {
 
     #[test]
     fn files_that_show_the_guard_are_known_by_any_path() {
-        let pid = 4711;
+        // A process and a thread of it.
+        let pid = |id: u32| id == 4711 || id == 4720;
         for path in [
             "/proc/4711/mem",
             "/proc/4711/task/4711/mem",
@@ -579,6 +613,15 @@ mod tests {
             view(b"/proc/4711/task/4711/maps", pid),
             View::Rendered(What::Maps)
         );
+        for (path, what) in [
+            ("/proc/4720/environ", What::Environment),
+            ("/proc/4720/cmdline", What::CommandLine),
+            ("/proc/4720/task/4720/maps", What::Maps),
+        ] {
+            assert_eq!(view(path.as_bytes(), pid), View::Rendered(what), "{path}");
+        }
+        assert_eq!(view(b"/proc/4712/environ", pid), View::Refused);
+        assert_eq!(view(b"/proc/4712/cmdline", pid), View::AsItIs);
         assert_eq!(view(b"/proc/4711/map_files/1-2", pid), View::Refused);
         assert_eq!(view(b"/proc/4711/map_files", pid), View::Refused);
         assert_eq!(view(b"/proc/4712/maps", pid), View::Refused);
@@ -591,6 +634,30 @@ mod tests {
         assert_eq!(view(b"/proc/stat", pid), View::AsItIs);
         assert_eq!(view(b"/proc/meminfo", pid), View::AsItIs);
         assert_eq!(view(b"/proc/4711/status", pid), View::AsItIs);
+    }
+
+    #[test]
+    fn execve_opens_regular_files_that_procfs_did_not_make() {
+        let guard = Guard::new(
+            Box::new(crate::engine::mock::MockEngine::new()),
+            crate::signal::Dispositions::new(),
+            crate::signal::ThreadSignals::default(),
+        );
+        let open = |path: &str| open_program(&guard, Path::new(path)).map_err(|error| error.kind());
+        let denied = std::io::ErrorKind::PermissionDenied;
+        for _ in ["one thread", "several"] {
+            assert!(open("/proc/self/exe").is_ok());
+            for path in [
+                "/proc/self/mem",
+                "/proc/self/maps",
+                "/proc/version",
+                "/dev/null",
+                "/",
+            ] {
+                assert_eq!(open(path).map(drop), Err(denied), "{path}");
+            }
+            guard.program.becomes_shared();
+        }
     }
 
     #[test]

@@ -679,7 +679,11 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_renameat2, Forwarded, [Fd, Path, Fd, Path, Value]),
     call!(__NR_seccomp, Refused(Errno::ENOSYS), []),
     call!(__NR_getrandom, Forwarded, [Out(Len(1)), Value, Value]),
-    call!(__NR_memfd_create, Forwarded, [Text, Value]),
+    call!(
+        __NR_memfd_create,
+        Emulated(memory::memfd_create),
+        [Text, Value]
+    ),
     call!(__NR_kexec_file_load, Refused(Errno::ENOSYS), []),
     call!(__NR_bpf, Refused(Errno::ENOSYS), []),
     call!(
