@@ -32,6 +32,7 @@ fn attacks() -> Vec<(&'static str, Attack, Option<c_int>)> {
         ("a_move_that_fails_half_way", move_half_way as Attack, None),
         ("rights_that_change_half_way", rights_half_way, None),
         ("a_queued_fault", queued_fault, None),
+        ("a_queued_fault_of_a_thread", queued_fault_of_a_thread, None),
         (
             "descriptors_kept_over_execve",
             descriptors_over_execve,
@@ -245,6 +246,37 @@ fn queued_fault() {
     insist(
         "the handler",
         CODE.load(Ordering::SeqCst) == libc::SI_USER as u32,
+    );
+}
+
+/// The same, by a thread that names itself; and for another thread, to which the
+/// kernel lets nobody send such a thing.
+fn queued_fault_of_a_thread() {
+    install(libc::SIGSEGV);
+    let pid = std::process::id() as c_long;
+    let thread = std::thread::spawn(move || {
+        // SAFETY: zero is a valid siginfo.
+        let mut info: siginfo_t = unsafe { core::mem::zeroed() };
+        info.si_code = 2;
+        let at = &raw const info;
+        let signal = c_long::from(libc::SIGSEGV);
+        // SAFETY: the calls read the siginfo.
+        unsafe {
+            let tid = libc::syscall(libc::SYS_gettid);
+            let queue = libc::SYS_rt_tgsigqueueinfo;
+            insist("queueing", libc::syscall(queue, pid, tid, signal, at) == 0);
+            insist("the handler", CODE.swap(0, Ordering::SeqCst) == 2);
+            let queue_by_id = libc::SYS_rt_sigqueueinfo;
+            insist("queueing", libc::syscall(queue_by_id, tid, signal, at) == 0);
+            insist("the handler", CODE.swap(0, Ordering::SeqCst) == 2);
+            insist("others", libc::syscall(queue, pid, pid, signal, at) == -1);
+        }
+    });
+    insist("the thread", thread.join().is_ok());
+    // SAFETY: it has a handler.
+    insist(
+        "kill",
+        unsafe { libc::kill(pid as c_int, libc::SIGSEGV) } == 0,
     );
 }
 

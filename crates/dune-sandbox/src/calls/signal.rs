@@ -100,10 +100,23 @@ fn queue<const INFO: usize>(
         Err(errno) => return Answer::Return(Err(errno)),
     };
     info.signo = args[INFO - 1] as i32;
-    let pid = guard.pid();
-    let own_id = |&id: &u64| id as u32 == pid;
-    if args[..INFO - 1].iter().all(own_id) && info.is_fault_of_the_thread() {
-        return queue_fault(guard, user, info);
+    let (pid, tid) = (guard.pid(), guard.tid);
+    let ids = &args[..INFO - 1];
+    let Some((&target, groups)) = ids.split_last() else {
+        return Answer::Return(Err(Errno::EINVAL));
+    };
+    if groups.iter().all(|&group| group as u32 == pid) && guard.is_hidden_thread(target) {
+        return Answer::Return(Err(Errno::ESRCH));
+    }
+    if info.is_fault_of_the_thread() {
+        // The kernel lets a thread do this to itself alone, by whatever id: what
+        // the guard does not do itself would reach the recorder as its own fault.
+        let is_self = ids.iter().all(|&id| id as u32 == pid || id as u32 == tid);
+        return if is_self {
+            queue_fault(guard, user, info)
+        } else {
+            Answer::Return(Err(Errno::EPERM))
+        };
     }
     // The copy that was looked at.
     args[INFO] = own(&info);

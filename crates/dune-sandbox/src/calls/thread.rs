@@ -293,8 +293,10 @@ fn live(birth: Birth) {
     let (clear, status) = (guard.clear_child_tid, guard.status);
     host::block_all();
     drop(guard);
-    program.threads.leave(tid, status);
+    // As long as this thread counts, `execve` waits: later, the word would be one
+    // of the next program.
     clear_tid(&program, clear);
+    program.threads.leave(tid, status);
 }
 
 /// Tells whoever waits for a thread that it has ended.
@@ -420,13 +422,20 @@ impl Guard {
         clear_tid(&self.program, at);
     }
 
+    /// Whether `id` is this process's or that of a host thread of it, the
+    /// program's or not.
+    pub(crate) fn is_own_id(&self, id: u32) -> bool {
+        const NO_SIGNAL: u64 = 0;
+        let pid = self.pid();
+        let args = [u64::from(pid), u64::from(id), NO_SIGNAL, 0, 0, 0];
+        id == pid || forward_always(__NR_tgkill, args).is_ok()
+    }
+
     /// Whether `tid` is a host thread of this process that is none of the
     /// program's.
-    fn is_hidden_thread(&self, tid: u64) -> bool {
-        const NO_SIGNAL: u64 = 0;
-        let pid = u64::from(self.pid());
-        !self.program.threads.has(tid as u32)
-            && forward_always(__NR_tgkill, [pid, tid, NO_SIGNAL, 0, 0, 0]).is_ok()
+    pub(crate) fn is_hidden_thread(&self, tid: u64) -> bool {
+        let tid = tid as u32;
+        tid != self.pid() && !self.program.threads.has(tid) && self.is_own_id(tid)
     }
 }
 
