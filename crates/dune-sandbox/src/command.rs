@@ -4,6 +4,7 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use dune_loader::{ImageError, find_command};
 
@@ -12,6 +13,7 @@ use crate::guard::{End, Guard, MissingCall};
 use crate::launch::{self, LaunchError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
+use crate::trace::Tracer;
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -35,6 +37,7 @@ pub struct Command {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
+    tracer: Option<Arc<Tracer>>,
 }
 
 /// What became of a program.
@@ -110,6 +113,7 @@ impl Command {
             args: Vec::new(),
             environment: std::env::vars_os().collect(),
             directory: None,
+            tracer: None,
         }
     }
 
@@ -165,6 +169,13 @@ impl Command {
         self
     }
 
+    /// Has every system call of the program traced.
+    #[must_use]
+    pub fn tracer(mut self, tracer: Arc<Tracer>) -> Self {
+        self.tracer = Some(tracer);
+        self
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -205,8 +216,16 @@ impl Command {
             })
             .collect::<Result<Vec<_>, _>>()?;
 
+        let [token, ..] = launch::random_words().map_err(|errno| LaunchError::Host {
+            what: "random numbers",
+            source: errno.into(),
+        })?;
+        signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        if let Some(tracer) = self.tracer {
+            guard.program.set_tracer(tracer);
+        }
         signal::host::forbid_core_dumps();
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;

@@ -8,6 +8,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use crate::calls::fork::finish_vfork;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::host::{Errno, SysResult};
@@ -17,8 +18,10 @@ use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
     signal_of_page_fault,
 };
+use crate::signal::host::{self, thread_id};
 use crate::signal::{Dispositions, ThreadSignals, record};
-use crate::table::{self, Args, Call, Handling};
+use crate::table::{self, Args, Call, Handling, Restart};
+use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
 use crate::vma::effective;
 
@@ -29,6 +32,10 @@ pub enum Resume {
     Continue,
     /// The program has ended with this status (0 to 255).
     Exit(u8),
+    /// The thread alone has ended, with this status.
+    ThreadExit(u8),
+    /// The thread must leave: the program is ending, or has been replaced.
+    Leave,
     /// The program died of this signal.
     Killed(u32),
 }
@@ -63,6 +70,12 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// The thread's id, the same for the program and the host.
+    pub(crate) tid: u32,
+    /// Where a zero goes when the thread has ended; 0 for nowhere.
+    pub(crate) clear_child_tid: u64,
+    /// Set by a call that must not start again, whatever its row says.
+    pub(crate) never_restart: bool,
     /// Set when the engine failed inside a call.
     broken: Option<EngineError>,
 }
@@ -77,42 +90,136 @@ impl core::fmt::Debug for Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        // The byte goes with the engine.
         record::set_kick(None);
     }
 }
 
 impl Guard {
-    /// A guard without a program yet.
+    /// The guard of the first thread, without a program yet.
     #[must_use]
     pub(crate) fn new(
         engine: Box<dyn Engine>,
         dispositions: Dispositions,
         signals: ThreadSignals,
     ) -> Self {
+        let program = Arc::new(Program::new(dispositions, engine.fds()));
+        Self::of_thread(program, engine, signals)
+    }
+
+    /// The guard of the calling thread.
+    pub(crate) fn of_thread(
+        program: Arc<Program>,
+        engine: Box<dyn Engine>,
+        signals: ThreadSignals,
+    ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
         Self {
-            program: Arc::new(Program::new(dispositions, engine.fds())),
+            program,
             engine,
             signals,
             strings: Strings::default(),
+            tid: thread_id(),
+            clear_child_tid: 0,
+            never_restart: false,
             broken: None,
         }
     }
 
-    /// Runs the program from `user` to its end.
+    /// Runs the program from `user` to its end, with all threads that it makes.
     ///
     /// # Errors
     ///
     /// If the engine fails.
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
+        host::listen_to_kicks();
+        // A program that has just begun is not ending.
+        let _ = self.program.threads.join(self.tid);
+        self.live(user).unwrap_or(Ok(End::Exit(0)))
+    }
+
+    /// Runs the thread to its end, and the leader to the program's. `None` for
+    /// any other thread.
+    pub(crate) fn live(&mut self, user: &mut UserState) -> Option<Finish> {
         loop {
-            let trap = self.engine.run(user)?;
-            match self.on_trap(trap, user)? {
-                Resume::Continue => {}
-                Resume::Exit(status) => return Ok(End::Exit(status)),
-                Resume::Killed(signal) => return Ok(End::Killed(signal)),
+            let status = self.run_thread(user);
+            self.die_of_robust_futexes();
+            if self.tid != self.pid() {
+                return None;
+            }
+            // Its signals are the others' now.
+            host::block_all();
+            self.release_child_tid();
+            let program = Arc::clone(&self.program);
+            program.threads.leave(self.tid, status);
+            match program.threads.wait_as_leader(self.tid) {
+                Wake::Finish(finish) if program.is_forked() => {
+                    finish_vfork(&program);
+                    leave_process(finish)
+                }
+                Wake::Finish(finish) => return Some(finish),
+                Wake::Takeover(new) => {
+                    *user = new.user;
+                    self.signals = ThreadSignals {
+                        mask: new.mask,
+                        ..ThreadSignals::default()
+                    };
+                    self.clear_child_tid = 0;
+                    if let Err(error) = self.engine.reset_xstate() {
+                        program.threads.end(self.tid, Err(error));
+                    }
+                    host::set_mask(self.signals.mask);
+                }
             }
         }
+    }
+
+    /// Runs until the thread must leave. Returns its status, if it ended by
+    /// itself.
+    fn run_thread(&mut self, user: &mut UserState) -> Option<u8> {
+        loop {
+            if record::take_kick() {
+                // While the kick waited, no mask could be set.
+                host::set_mask(self.signals.mask);
+                if self.program.threads.must_leave(self.tid) {
+                    return None;
+                }
+            }
+            let resume = match self.engine.run(user) {
+                Ok(trap) => self.on_trap(trap, user),
+                Err(error) => Err(error),
+            };
+            let finish = match resume {
+                Ok(Resume::Continue) => continue,
+                Ok(Resume::ThreadExit(status)) => return Some(status),
+                Ok(Resume::Leave) => return None,
+                Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
+                Ok(Resume::Killed(signal)) => Ok(End::Killed(signal)),
+                Err(error) => Err(error),
+            };
+            self.end_program(finish);
+            return None;
+        }
+    }
+
+    /// Ends the program; the other threads are told to leave.
+    fn end_program(&mut self, finish: Finish) {
+        if self.program.is_forked() {
+            // Nobody waits for the outcome, so the others need not leave one
+            // by one.
+            let state = self.program.threads.lock();
+            if state.is_running() {
+                let members: Vec<_> = state.members().collect();
+                drop(state);
+                for (tid, member) in members {
+                    self.release_robust_futexes(tid, member.robust_list);
+                }
+                finish_vfork(&self.program);
+                leave_process(finish);
+            }
+            return;
+        }
+        self.program.threads.end(self.pid(), finish);
     }
 
     /// Handles one trap.
@@ -184,22 +291,40 @@ impl Guard {
         let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
         // As the kernel: the number is the low half.
         let nr = rax as u32;
+        let begun = self.trace_call(nr, args);
         let Some(call) = table::find(nr) else {
+            self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
             self.count_missing(nr);
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
-        let result = match self.dispatch(call, user, args) {
+        self.never_restart = false;
+        let answer = self.dispatch(call, user, args);
+        self.trace_answer(begun, &answer);
+        let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
             Answer::Exit(status) => return Resume::Exit(status),
+            Answer::ThreadExit(status) => return Resume::ThreadExit(status),
+            Answer::Leave => return Resume::Leave,
             Answer::Killed(signal) => return Resume::Killed(signal),
         };
         match result {
             Err(errno @ (Errno::EINTR | Errno::ERESTARTSYS))
-                if errno == Errno::ERESTARTSYS || record::is_pending() =>
+                if errno == Errno::ERESTARTSYS || record::is_disturbed() =>
             {
-                self.deliver_pending(user, Some(Interrupted { call, rax, errno }))
+                self.deliver_pending(
+                    user,
+                    Some(Interrupted {
+                        restart: if self.never_restart {
+                            Restart::Never
+                        } else {
+                            call.restart
+                        },
+                        rax,
+                        errno,
+                    }),
+                )
             }
             result => {
                 user.regs.rax = result.unwrap_or_else(Errno::as_rax);
@@ -252,7 +377,9 @@ impl Guard {
             Some(area) => {
                 let access = effective(area.attributes.access);
                 if access.contains(needed) {
-                    if let Err(error) = self.engine.admit(addr, area.range, access) {
+                    let pid = program.pid();
+                    let what = memory.admissible(pid, addr, area, needed);
+                    if let Err(error) = self.engine.admit(addr, what.range, what.access) {
                         self.engine_failed(error);
                     }
                     return Resume::Continue;
@@ -269,6 +396,23 @@ impl Guard {
         drop(memory);
         self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
     }
+}
+
+/// Ends a process that has nobody to return to, as its program ended.
+pub(crate) fn leave_process(finish: Finish) -> ! {
+    const SANDBOX_FAILED: u8 = 125;
+    let status = match finish {
+        Ok(End::Exit(status)) => status,
+        Ok(End::Killed(signal)) => {
+            host::die_of(signal);
+            128_u8.wrapping_add(signal as u8)
+        }
+        Err(error) => {
+            eprintln!("dune: {error}");
+            SANDBOX_FAILED
+        }
+    };
+    host::exit_process(status)
 }
 
 #[cfg(test)]
@@ -405,7 +549,7 @@ mod tests {
     #[test]
     fn missing_calls_are_refused_and_counted() {
         let mut guard = guard();
-        for number in [nr::__NR_fork, nr::__NR_fork, 400, u32::MAX] {
+        for number in [350, 350, 400, u32::MAX] {
             let (resume, rax) = call(&mut guard, number, &[]);
             assert_eq!((resume, rax), (Resume::Continue, Errno::ENOSYS.as_rax()));
         }
@@ -423,8 +567,8 @@ mod tests {
             missing,
             [
                 MissingCall {
-                    nr: nr::__NR_fork,
-                    name: Some("fork"),
+                    nr: 350,
+                    name: None,
                     count: 2
                 },
                 MissingCall {

@@ -5,6 +5,7 @@
 //!
 //! | lock | guards | held |
 //! |---|---|---|
+//! | `threads` | which threads there are, and whether they must leave | to look or change |
 //! | `fds` | which descriptors are the guard's | to look; shared across calls that replace or copy a descriptor; exclusively while the guard makes one |
 //! | `memory` | areas, heap, placement | shared across a copy or an `admit`; exclusively across a change of mappings, with the host's part of it |
 //! | `dispositions` | what signals do | across the change of the host's disposition too |
@@ -13,24 +14,34 @@
 //! In this order, from top to bottom, where more than one is taken.
 
 use std::collections::BTreeMap;
-use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
+use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
+use crate::host;
+use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::table;
-use crate::vma::Areas;
+use crate::threads::{State, Threads};
+use crate::trace::Tracer;
+use crate::vfork::Journal;
+use crate::vma::{Area, Areas, Sharing, effective};
 
 /// The program's memory, as the guard keeps account of it.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Memory {
     /// What is mapped.
     pub(crate) areas: Areas,
     /// Where it grows.
     pub(crate) space: Space,
+    /// What a child of `vfork` has to tell its parent.
+    pub(crate) journal: Option<Mutex<Journal>>,
 }
 
 impl Memory {
@@ -39,20 +50,83 @@ impl Memory {
     pub fn new(areas: Areas) -> Self {
         Self {
             areas,
-            space: Space::default(),
+            ..Self::default()
         }
     }
+
+    /// Notes, in a child of `vfork`, that `range` is about to be written.
+    pub(crate) fn note_write(&self, pid: u32, range: UserRange) {
+        if let Some(journal) = &self.journal {
+            let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+            journal.note(&self.areas, pid, range);
+        }
+    }
+
+    /// The range and rights with which to admit the page of `addr` for an
+    /// access that needs `needed`. In a child of `vfork` no page can be written
+    /// that was not noted.
+    pub(crate) fn admissible(&self, pid: u32, addr: u64, area: Area, needed: Access) -> Admission {
+        let access = effective(area.attributes.access);
+        let whole = Admission {
+            range: area.range,
+            access,
+        };
+        if self.journal.is_none()
+            || area.attributes.sharing == Sharing::Shared
+            || !access.contains(Access::WRITE)
+        {
+            return whole;
+        }
+        let page = addr & !(PAGE_SIZE - 1);
+        match (needed, PageRange::new(page, PAGE_SIZE)) {
+            (Access::WRITE, Some(range)) => {
+                if let Some(bytes) = UserRange::new(page, PAGE_SIZE) {
+                    self.note_write(pid, bytes);
+                }
+                Admission { range, access }
+            }
+            _ => Admission {
+                access: access - Access::WRITE,
+                ..whole
+            },
+        }
+    }
+}
+
+/// What an engine is told to admit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Admission {
+    pub(crate) range: PageRange,
+    pub(crate) access: Access,
+}
+
+/// All locks of a program, for the moment of a `fork`.
+pub(crate) struct Locks<'a> {
+    threads: MutexGuard<'a, State>,
+    fds: RwLockWriteGuard<'a, Vec<RawFd>>,
+    memory: RwLockWriteGuard<'a, Memory>,
+    _dispositions: MutexGuard<'a, Dispositions>,
+    _process: RwLockWriteGuard<'a, Process>,
+    _missing: MutexGuard<'a, BTreeMap<u32, u64>>,
 }
 
 /// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Program {
+    pub(crate) threads: Threads,
     fds: RwLock<Vec<RawFd>>,
     memory: RwLock<Memory>,
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
     pid: AtomicU32,
+    tracer: OnceLock<Arc<Tracer>>,
+    /// Whether this process is the child of a `fork`, with nobody to return to.
+    forked: AtomicBool,
+    /// Whether no second thread was ever made in this process.
+    single: AtomicBool,
+    /// Whether the memory has a journal.
+    journaling: AtomicBool,
 }
 
 impl Program {
@@ -65,7 +139,26 @@ impl Program {
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
             pid: AtomicU32::new(std::process::id()),
+            tracer: OnceLock::new(),
+            forked: AtomicBool::new(false),
+            single: AtomicBool::new(true),
+            journaling: AtomicBool::new(false),
+            threads: Threads::default(),
         }
+    }
+
+    /// Has every call traced from now on. Only the first tracer counts.
+    pub(crate) fn set_tracer(&self, tracer: Arc<Tracer>) {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(tracer.descriptors());
+        fds.sort_unstable();
+        drop(fds);
+        let _ = self.tracer.set(tracer);
+    }
+
+    /// Who wants to know of every call.
+    pub(crate) fn tracer(&self) -> Option<&Tracer> {
+        self.tracer.get().map(AsRef::as_ref)
     }
 
     /// The process's id, the same for the program and the host.
@@ -109,6 +202,105 @@ impl Program {
     /// makes none.
     pub(crate) fn hidden_fds(&self) -> RwLockReadGuard<'_, Vec<RawFd>> {
         self.fds.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Program::hidden_fds`], while the guard makes or closes some.
+    pub(crate) fn hidden_fds_mut(&self) -> RwLockWriteGuard<'_, Vec<RawFd>> {
+        self.fds.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this process is the child of a `fork` of the program.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.forked.load(Ordering::Relaxed)
+    }
+
+    /// Takes every lock: nothing of the program is half-way then.
+    pub(crate) fn lock_all(&self) -> Locks<'_> {
+        Locks {
+            threads: self.threads.lock(),
+            fds: self.hidden_fds_mut(),
+            memory: self.memory_mut(),
+            _dispositions: self.dispositions(),
+            _process: self.process_mut(),
+            _missing: self.missing.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// In the child of a `fork`, with the locks that the parent's thread took:
+    /// makes all of this the child's own, and returns its id. `pipe` leads to
+    /// the parent of a `vfork`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no new engine.
+    pub(crate) fn became_child(
+        &self,
+        mut locks: Locks<'_>,
+        engine: &mut dyn Engine,
+        pipe: Option<OwnedFd>,
+    ) -> Result<u32, EngineError> {
+        let pid = std::process::id();
+        self.pid.store(pid, Ordering::Relaxed);
+        self.forked.store(true, Ordering::Relaxed);
+        self.single.store(true, Ordering::Relaxed);
+        locks.threads.reset(pid);
+        // One that is there is the parent's.
+        locks.memory.journal = None;
+        let before = engine.fds();
+        engine.renew()?;
+        let mut fds = engine.fds();
+        fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
+        // Children are traced, too.
+        fds.extend(self.tracer().map(Tracer::descriptors).unwrap_or_default());
+        // Pipes of other threads' `vfork`, which must not be held open here.
+        for fd in locks.fds.iter() {
+            if !before.contains(fd) && !fds.contains(fd) {
+                host::close(*fd);
+            }
+        }
+        fds.sort_unstable();
+        *locks.fds = fds;
+        self.journaling.store(pipe.is_some(), Ordering::SeqCst);
+        if let Some(pipe) = pipe {
+            let journal = Journal::new(&locks.memory, pipe);
+            locks.memory.journal = Some(Mutex::new(journal));
+        }
+        Ok(pid)
+    }
+
+    /// Whether this is a child of `vfork` that has not told its parent yet.
+    pub(crate) fn is_journaling(&self) -> bool {
+        self.journaling.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the kernel may write `len` bytes at `addr`, checked user
+    /// memory, on behalf of a child of `vfork`.
+    pub(crate) fn note_write(&self, addr: u64, len: u64) {
+        if self.is_journaling()
+            && let Some(range) = UserRange::new(addr, len)
+        {
+            self.memory().note_write(self.pid(), range);
+        }
+    }
+
+    /// The journal; nothing is noted any more.
+    pub(crate) fn take_journal(&self) -> Option<Journal> {
+        if !self.journaling.swap(false, Ordering::SeqCst) {
+            return None;
+        }
+        let journal = self.memory_mut().journal.take()?;
+        Some(journal.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether one thread is all there ever was in this process: nobody else
+    /// can change what it looks at.
+    pub(crate) fn is_single(&self) -> bool {
+        self.single.load(Ordering::Relaxed)
+    }
+
+    /// From now on there are threads.
+    pub(crate) fn becomes_shared(&self) {
+        self.single.store(false, Ordering::SeqCst);
     }
 
     /// Counts a call that the guard does not have.
