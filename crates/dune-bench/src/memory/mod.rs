@@ -116,6 +116,8 @@ impl Suite {
         make: impl FnOnce(&Region) -> Result<W, String>,
     ) {
         let pages = self.region.pages();
+        // Under emulation each takes its time.
+        eprintln!("measuring {name}");
         let begin = clock::ticks();
         let made = make(&self.region);
         let ticks = clock::ticks() - begin;

@@ -19,7 +19,9 @@ unsafe extern "C" fn on_fault(
     _: *mut libc::c_void,
 ) {
     // SAFETY: what the kernel gave the handler.
-    let address = unsafe { (*info).si_addr() } as usize;
+    let info = unsafe { &*info };
+    // SAFETY: of a page fault, which has an address.
+    let address = unsafe { info.si_addr() } as usize;
     let offset = address.wrapping_sub(START.load(Ordering::Relaxed));
     if offset >= BYTES.load(Ordering::Relaxed) {
         // SAFETY: somebody else's fault ends the program as it would have.

@@ -2,7 +2,6 @@
 //! and gives the right back.
 #![expect(unsafe_code, reason = "userfaultfd's ioctls")]
 
-use core::sync::atomic::{AtomicBool, Ordering};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
@@ -31,7 +30,6 @@ pub(super) struct Uffd {
     start: u64,
     bytes: u64,
     found: Arc<Mutex<Vec<u64>>>,
-    stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     /// A page outside the range that ends the thread by a fault.
     last: Region,
@@ -63,27 +61,27 @@ impl Uffd {
             )?;
         }
         let found = Arc::new(Mutex::new(Vec::with_capacity(region.pages())));
-        let stop = Arc::new(AtomicBool::new(false));
         let thread = {
-            let (file, found, stop) = (Arc::clone(&file), Arc::clone(&found), Arc::clone(&stop));
-            std::thread::spawn(move || resolve(&file, &found, &stop))
+            let (file, found) = (Arc::clone(&file), Arc::clone(&found));
+            let last = last.start() as u64;
+            std::thread::spawn(move || resolve(&file, &found, last))
         };
         Ok(Self {
             file,
             start: region.start() as u64,
             bytes: region.bytes() as u64,
             found,
-            stop,
             thread: Some(thread),
             last,
         })
     }
 }
 
-fn resolve(file: &File, found: &Mutex<Vec<u64>>, stop: &AtomicBool) {
+/// Until the page `last` was written.
+fn resolve(file: &File, found: &Mutex<Vec<u64>>, last: u64) {
     let mut message = [0; MESSAGE];
     let mut reader = file;
-    while !stop.load(Ordering::SeqCst) && reader.read(&mut message).is_ok_and(|n| n == MESSAGE) {
+    while reader.read(&mut message).is_ok_and(|n| n == MESSAGE) {
         let Some(address) = message.get(ADDRESS).and_then(|bytes| bytes.try_into().ok()) else {
             return;
         };
@@ -92,6 +90,9 @@ fn resolve(file: &File, found: &Mutex<Vec<u64>>, stop: &AtomicBool) {
             found.push(page);
         }
         let _ = request(file, UFFDIO_WRITEPROTECT, &mut [page, PAGE as u64, 0]);
+        if page == last {
+            return;
+        }
     }
 }
 
@@ -126,8 +127,7 @@ impl Way for Uffd {
 
 impl Drop for Uffd {
     fn drop(&mut self) {
-        // One more fault, which the thread resolves; then it sees that it is to stop.
-        self.stop.store(true, Ordering::SeqCst);
+        // One more fault, which is the thread's last.
         let last = self.last.start() as u64;
         let _ = request(
             &self.file,

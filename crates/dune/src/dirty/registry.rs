@@ -331,15 +331,17 @@ mod tests {
         ]
     }
 
+    /// A tracker: its number, its range in pages, whether it is coarse, the pages written and
+    /// not collected by it, and those that it may report although nobody wrote them.
+    type Watched = (u64, Range<u64>, bool, BTreeSet<u64>, BTreeSet<u64>);
+
     struct Model {
         tables: Tables,
         registry: Registry,
         lost: Cell<u64>,
         hidden: BTreeSet<u64>,
         process: i32,
-        /// Of each tracker: its range in pages, the pages written and not collected by it, and
-        /// those that it may report although nobody wrote them.
-        trackers: Vec<(u64, Range<u64>, bool, BTreeSet<u64>, BTreeSet<u64>)>,
+        trackers: Vec<Watched>,
     }
 
     impl Model {

@@ -157,10 +157,13 @@ impl Scan {
             let valid = valid_bits(first, &pages);
             let mut mask = 0;
             for (group, eight) in entries.chunks_exact(8).enumerate() {
-                let any = eight
-                    .iter()
-                    .fold(0, |any, entry| any | entry.load(Ordering::Relaxed));
-                if any & bit != 0 {
+                let (any, all) = eight.iter().fold((0, !0), |(any, all), entry| {
+                    let entry = entry.load(Ordering::Relaxed);
+                    (any | entry, all & entry)
+                });
+                if all & bit != 0 {
+                    mask |= 0xff << (group * 8);
+                } else if any & bit != 0 {
                     mask |= marked(eight, bit) << (group * 8);
                 }
             }
@@ -184,9 +187,10 @@ impl Scan {
 /// Which entries have the bit.
 #[inline]
 fn marked(eight: &[AtomicU64], bit: u64) -> u64 {
-    eight.iter().enumerate().fold(0, |mask, (index, entry)| {
-        mask | ((entry.load(Ordering::Relaxed) >> bit.trailing_zeros()) & 1) << index
-    })
+    let gathered = eight.iter().enumerate().fold(0, |mask, (index, entry)| {
+        mask | (entry.load(Ordering::Relaxed) & bit) << index
+    });
+    gathered >> bit.trailing_zeros()
 }
 
 /// Which entries map nothing.

@@ -180,6 +180,11 @@ pub(crate) fn note(number: usize, arguments: &[usize; 6], result: isize) {
             // FUTEX_WAKE_OP, requeues and PI futexes change the words themselves.
             call.each(&[a0, a4], 4)
         }
+        libc::SYS_arch_prctl => call.bytes(a1, 8),
+        libc::SYS_msgrcv => call.bytes(a1, call.written().saturating_add(8)),
+        libc::SYS_io_getevents => {
+            call.bytes(a3, (result.max(0) as u64) * 32);
+        }
         // What an address holds changes as a whole.
         libc::SYS_mmap if result > 0 => call.bytes(result as u64, a1),
         libc::SYS_munmap => call.bytes(a0, a1),
@@ -190,6 +195,7 @@ pub(crate) fn note(number: usize, arguments: &[usize; 6], result: isize) {
             }
         }
         libc::SYS_madvise if !keeps_content(a2 as i32) => call.bytes(a0, a1),
+        libc::SYS_process_madvise => call.vectors(a1, a2, u64::MAX),
         libc::SYS_brk => {
             let before = BREAK.swap(result as u64, Ordering::Relaxed);
             let (low, high) = (before.min(result as u64), before.max(result as u64));
@@ -254,11 +260,11 @@ fn writes_nothing(number: i64) -> bool {
             | libc::SYS_timerfd_create | libc::SYS_timer_delete | libc::SYS_timer_getoverrun
             | libc::SYS_inotify_init | libc::SYS_inotify_init1 | libc::SYS_inotify_add_watch
             | libc::SYS_inotify_rm_watch | libc::SYS_memfd_create | libc::SYS_setrlimit
-            | libc::SYS_set_tid_address | libc::SYS_set_robust_list | libc::SYS_arch_prctl
+            | libc::SYS_set_tid_address | libc::SYS_set_robust_list
             | libc::SYS_membarrier | libc::SYS_setpriority | libc::SYS_getpriority
             | libc::SYS_sched_setparam | libc::SYS_sched_setscheduler
             | libc::SYS_sched_getscheduler | libc::SYS_clock_settime | libc::SYS_tee
-            | libc::SYS_process_madvise | libc::SYS_rseq | libc::SYS_setxattr
+            | libc::SYS_rseq | libc::SYS_setxattr
             | libc::SYS_lsetxattr | libc::SYS_fsetxattr | libc::SYS_removexattr
             | libc::SYS_setsid | libc::SYS_setpgid | libc::SYS_getpgid | libc::SYS_getsid
             | libc::SYS_mq_timedsend | libc::SYS_pidfd_open | libc::SYS_pidfd_send_signal
