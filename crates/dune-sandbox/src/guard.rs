@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::calls::fork::finish_vfork;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::program::Program;
 use crate::range::{PageRange, UserRange};
@@ -74,6 +75,8 @@ pub struct Guard {
     pub(crate) tid: u32,
     /// Where a zero goes when the thread has ended; 0 for nowhere.
     pub(crate) clear_child_tid: u64,
+    /// What it gave to `exit`.
+    pub(crate) status: Option<u8>,
     /// Set by a call that must not start again, whatever its row says.
     pub(crate) never_restart: bool,
     /// Set when the engine failed inside a call.
@@ -121,6 +124,7 @@ impl Guard {
             strings: Strings::default(),
             tid: thread_id(),
             clear_child_tid: 0,
+            status: None,
             never_restart: false,
             broken: None,
         }
@@ -142,7 +146,7 @@ impl Guard {
     /// any other thread.
     pub(crate) fn live(&mut self, user: &mut UserState) -> Option<Finish> {
         loop {
-            let status = self.run_thread(user);
+            self.status = self.run_thread(user);
             self.die_of_robust_futexes();
             if self.tid != self.pid() {
                 return None;
@@ -151,7 +155,7 @@ impl Guard {
             host::block_all();
             self.release_child_tid();
             let program = Arc::clone(&self.program);
-            program.threads.leave(self.tid, status);
+            program.threads.leave(self.tid, self.status);
             match program.threads.wait_as_leader(self.tid) {
                 Wake::Finish(finish) if program.is_forked() => {
                     finish_vfork(&program);
@@ -334,21 +338,32 @@ impl Guard {
     }
 
     fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: Args) -> Answer {
-        match call.handling {
-            Handling::Refused(errno) => Answer::Return(Err(errno)),
-            Handling::Missing => {
-                self.count_missing(call.nr);
-                Answer::Return(Err(Errno::ENOSYS))
-            }
-            Handling::Forwarded => Answer::Return(self.forward_as_told(call, args)),
-            Handling::Emulated(handler) => Answer::Return(
-                self.check(call, args)
-                    .and_then(|checked| handler(self, checked.values())),
-            ),
-            Handling::Control(handler) => match self.check(call, args) {
+        if let Handling::Control(handler) = call.handling {
+            return match self.check(call, args) {
                 Ok(checked) => handler(self, user, checked.values()),
                 Err(errno) => Answer::Return(Err(errno)),
-            },
+            };
+        }
+        Answer::Return(match self.program.handler(call.nr) {
+            Some(handler) => handler(&mut Request::new(self, call, args)),
+            None => self.handle_without_handler(call, args),
+        })
+    }
+
+    /// Handles a call that only has a result, by its row in the table.
+    pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: Args) -> SysResult {
+        match call.handling {
+            Handling::Refused(errno) => Err(errno),
+            // `Control` has been seen to; a row like any other that is not there.
+            Handling::Missing | Handling::Control(_) => {
+                self.count_missing(call.nr);
+                Err(Errno::ENOSYS)
+            }
+            Handling::Forwarded => self.forward_as_told(call, args),
+            Handling::Emulated(handler) => {
+                let checked = self.check(call, args)?;
+                handler(self, checked.values())
+            }
         }
     }
 

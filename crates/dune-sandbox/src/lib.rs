@@ -13,7 +13,7 @@
 //! 3. what goes to the kernel goes by a raw system call ([`host`]), what is
 //!    copied from or to the program by [`user`].
 //!
-//! [`Command`] starts all that.
+//! [`Command`] starts all that; [`trace`] prints every call, decoded.
 //!
 //! # What holds a hostile program
 //!
@@ -38,6 +38,7 @@ mod calls;
 pub mod command;
 pub mod engine;
 pub mod guard;
+pub mod handler;
 pub mod host;
 pub mod launch;
 pub mod program;
@@ -54,4 +55,5 @@ pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
 pub use guard::{End, Guard, MissingCall, Resume};
+pub use handler::{HandleError, Request};
 pub use launch::LaunchError;
