@@ -35,10 +35,12 @@
 
 mod calls;
 pub mod command;
+pub mod confine;
 pub mod engine;
 pub mod guard;
 pub mod host;
 pub mod launch;
+pub mod policy;
 pub mod range;
 mod signal;
 pub mod table;
