@@ -11,7 +11,7 @@ use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::launch::{self, LaunchError};
 use crate::range::USER_HI;
-use crate::signal::{self, Signals};
+use crate::signal::{self, Dispositions, ThreadSignals};
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -205,12 +205,13 @@ impl Command {
             })
             .collect::<Result<Vec<_>, _>>()?;
 
-        let mut guard = Guard::new(engine, Signals::inherited());
+        let signals = ThreadSignals::inherited();
+        let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
         signal::host::forbid_core_dumps();
-        let prepared = launch::prepare(&path, argv, &envp, guard.process.limits.stack())?;
+        let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;
         let end = guard.run(&mut user)?;
-        let missing = guard.missing_calls().collect();
+        let missing = guard.missing_calls();
         Ok(Outcome { end, missing })
     }
 }

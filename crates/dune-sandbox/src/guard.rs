@@ -1,27 +1,26 @@
-//! The guard: what handles every trap of the program.
+//! The guard: what handles every trap of a thread of the program.
 //!
 //! One body of code for both placements; what runs ring 3 is the
 //! [`Engine`] underneath. Everything that comes from the program (registers,
 //! memory, frames) is hostile until checked, and only what was checked is
 //! used: a value in the program's memory is read once, into the guard's.
 
-use std::collections::BTreeMap;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
-use crate::calls::memory::Space;
-use crate::calls::process::Process;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::host::{Errno, SysResult};
+use crate::program::Program;
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
     signal_of_page_fault,
 };
-use crate::signal::{Signals, record};
+use crate::signal::{Dispositions, ThreadSignals, record};
 use crate::table::{self, Args, Call, Handling};
 use crate::user::UserMemory;
-use crate::vma::{Areas, effective};
+use crate::vma::effective;
 
 /// What is to be done after a trap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,20 +53,16 @@ pub struct MissingCall {
     pub count: u64,
 }
 
-/// The guard of one program. See the module documentation.
+/// The guard of one thread of a program. See the module documentation.
 ///
-/// There can be one at a time in a process: signal dispositions, descriptors
-/// and the user's part of the address space are the process's.
+/// What the threads share is in the [`Program`]; there can be one at a time in
+/// a process: signal dispositions, descriptors and the user's part of the
+/// address space are the process's.
 pub struct Guard {
+    pub(crate) program: Arc<Program>,
     pub(crate) engine: Box<dyn Engine>,
-    pub(crate) areas: Areas,
-    pub(crate) space: Space,
-    pub(crate) signals: Signals,
-    pub(crate) process: Process,
+    pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
-    /// Descriptors that the program must not touch, sorted.
-    hidden_fds: Vec<RawFd>,
-    missing: BTreeMap<u32, u64>,
     /// Set when the engine failed inside a call.
     broken: Option<EngineError>,
 }
@@ -75,7 +70,7 @@ pub struct Guard {
 impl core::fmt::Debug for Guard {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Guard")
-            .field("process", &self.process)
+            .field("program", &self.program)
             .finish_non_exhaustive()
     }
 }
@@ -89,19 +84,17 @@ impl Drop for Guard {
 impl Guard {
     /// A guard without a program yet.
     #[must_use]
-    pub(crate) fn new(engine: Box<dyn Engine>, signals: Signals) -> Self {
-        let mut hidden_fds = engine.fds();
-        hidden_fds.sort_unstable();
+    pub(crate) fn new(
+        engine: Box<dyn Engine>,
+        dispositions: Dispositions,
+        signals: ThreadSignals,
+    ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
         Self {
+            program: Arc::new(Program::new(dispositions, engine.fds())),
             engine,
-            areas: Areas::new(),
-            space: Space::default(),
             signals,
-            process: Process::of_this_process(),
             strings: Strings::default(),
-            hidden_fds,
-            missing: BTreeMap::new(),
             broken: None,
         }
     }
@@ -151,27 +144,24 @@ impl Guard {
     }
 
     /// Calls that the program made and the guard does not have.
-    pub fn missing_calls(&self) -> impl Iterator<Item = MissingCall> + '_ {
-        self.missing.iter().map(|(&nr, &count)| MissingCall {
-            nr,
-            name: table::find(nr).map(|call| call.name),
-            count,
-        })
+    #[must_use]
+    pub fn missing_calls(&self) -> Vec<MissingCall> {
+        self.program.missing_calls()
+    }
+
+    /// The process's id, the same for the program and the host.
+    pub(crate) fn pid(&self) -> u32 {
+        self.program.pid()
     }
 
     /// The program's memory.
     pub(crate) fn memory(&self) -> UserMemory<'_> {
-        UserMemory::new(&self.areas, self.process.pid)
+        UserMemory::new(self.program.memory_lock(), self.pid())
     }
 
     /// Whether `fd` is a descriptor of the guard.
     pub(crate) fn is_hidden_fd(&self, fd: RawFd) -> bool {
-        self.hidden_fds.binary_search(&fd).is_ok()
-    }
-
-    /// The descriptors of the guard, sorted.
-    pub(crate) fn hidden_fds(&self) -> &[RawFd] {
-        &self.hidden_fds
+        self.program.hidden_fds().binary_search(&fd).is_ok()
     }
 
     /// Notes that the engine failed; the trap in hand will end the program.
@@ -181,6 +171,7 @@ impl Guard {
     }
 
     /// Takes `range` out of ring 3's reach, before the host mapping changes.
+    /// The caller holds the memory's lock exclusively until that is done.
     pub(crate) fn revoke(&mut self, range: PageRange) -> Result<(), Errno> {
         self.engine
             .revoke(range)
@@ -241,12 +232,8 @@ impl Guard {
         checked.forward(call.nr)
     }
 
-    pub(crate) fn count_missing(&mut self, nr: u32) {
-        // Numbers are the program's choice: do not let them fill memory.
-        const MOST: usize = 1024;
-        if self.missing.len() < MOST || self.missing.contains_key(&nr) {
-            *self.missing.entry(nr).or_insert(0) += 1;
-        }
+    pub(crate) fn count_missing(&self, nr: u32) {
+        self.program.count_missing(nr);
     }
 
     fn on_page_fault(
@@ -256,7 +243,10 @@ impl Guard {
         needed: crate::engine::Access,
         user: &mut UserState,
     ) -> Resume {
-        let area = UserRange::new(addr, 1).and_then(|_| self.areas.find(addr));
+        // Shared, until the page is admitted: who takes rights away waits.
+        let program = Arc::clone(&self.program);
+        let memory = program.memory();
+        let area = UserRange::new(addr, 1).and_then(|_| memory.areas.find(addr));
         let mut fault = fault_context(&trap);
         let mapped = match area {
             Some(area) => {
@@ -276,6 +266,7 @@ impl Guard {
             }
             None => Mapped::Nothing,
         };
+        drop(memory);
         self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
     }
 }
@@ -302,9 +293,13 @@ mod tests {
     }
 
     fn with_area(access: Access) -> (Guard, PageRange) {
-        let mut guard = guard();
+        let guard = guard();
         let range = PageRange::new(AT, 4 * PAGE_SIZE).unwrap();
-        guard.areas.map(range, Attributes::anonymous(access));
+        guard
+            .program
+            .memory_mut()
+            .areas
+            .map(range, Attributes::anonymous(access));
         (guard, range)
     }
 
@@ -324,10 +319,18 @@ mod tests {
         let rw = Access::READ | Access::WRITE;
         let range = PageRange::new(AT, 4 * PAGE_SIZE).unwrap();
         let mock = MockEngine::new();
-        let requests = std::rc::Rc::clone(&mock.requests);
-        let mut guard = Guard::new(Box::new(mock), Signals::new());
+        let requests = Arc::clone(&mock.requests);
+        let mut guard = Guard::new(
+            Box::new(mock),
+            Dispositions::new(),
+            ThreadSignals::default(),
+        );
         // Writable alone: x86 makes it readable.
-        guard.areas.map(range, Attributes::anonymous(Access::WRITE));
+        guard
+            .program
+            .memory_mut()
+            .areas
+            .map(range, Attributes::anonymous(Access::WRITE));
         let mut user = UserState::default();
         for trap in [
             fault(AT + 5000, PageFaultError::WRITE),
@@ -339,7 +342,7 @@ mod tests {
             Request::Admit(AT + 5000, range, rw),
             Request::Admit(AT, range, rw),
         ];
-        assert_eq!(*requests.borrow(), expected);
+        assert_eq!(*requests.lock().unwrap(), expected);
     }
 
     #[test]
@@ -415,7 +418,7 @@ mod tests {
             call(&mut guard, nr::__NR_ptrace, &[]).1,
             Errno::EPERM.as_rax()
         );
-        let missing: Vec<MissingCall> = guard.missing_calls().collect();
+        let missing: Vec<MissingCall> = guard.missing_calls();
         assert_eq!(
             missing,
             [
@@ -444,7 +447,7 @@ mod tests {
         for number in 1_000..10_000 {
             call(&mut guard, number, &[]);
         }
-        assert!(guard.missing_calls().count() <= 1024);
+        assert!(guard.missing_calls().len() <= 1024);
     }
 
     #[test]
@@ -458,20 +461,31 @@ mod tests {
     #[test]
     fn rights_are_revoked_before_the_host_changes_and_given_at_the_next_fault() {
         let mock = MockEngine::new();
-        let requests = std::rc::Rc::clone(&mock.requests);
-        let mut guard = Guard::new(Box::new(mock), Signals::new());
-        guard.space.mmap_top = 0x2100_0000_0000;
+        let requests = Arc::clone(&mock.requests);
+        let mut guard = Guard::new(
+            Box::new(mock),
+            Dispositions::new(),
+            ThreadSignals::default(),
+        );
+        guard.program.memory_mut().space.mmap_top = 0x2100_0000_0000;
         let flags = u64::from(nr::MAP_PRIVATE | nr::MAP_ANONYMOUS);
         let len = 4 * PAGE_SIZE;
         let (_, at) = call(&mut guard, nr::__NR_mmap, &[0, len, 3, flags, u64::MAX]);
         assert_eq!(at, 0x2100_0000_0000 - len);
-        assert!(guard.areas.find(at).is_some());
+        assert!(guard.program.memory().areas.find(at).is_some());
         assert_eq!(
             call(&mut guard, nr::__NR_mprotect, &[at, PAGE_SIZE, 1]).1,
             0
         );
         assert_eq!(
-            guard.areas.find(at).unwrap().attributes.access,
+            guard
+                .program
+                .memory()
+                .areas
+                .find(at)
+                .unwrap()
+                .attributes
+                .access,
             Access::READ
         );
         assert_eq!(guard.memory().write(at, b"x"), Err(Errno::EFAULT));
@@ -482,8 +496,8 @@ mod tests {
             Request::Revoke(range(PAGE_SIZE)),
             Request::Revoke(range(len)),
         ];
-        assert_eq!(*requests.borrow(), expected);
-        assert!(guard.areas.find(at).is_none());
-        assert_eq!(guard.areas.bytes(), 0);
+        assert_eq!(*requests.lock().unwrap(), expected);
+        assert!(guard.program.memory().areas.find(at).is_none());
+        assert_eq!(guard.program.memory().areas.bytes(), 0);
     }
 }

@@ -18,7 +18,7 @@ use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use dune_loader::{
     AuxvInputs, Ids, ImageError, InitialStack, Layout, LoadPlan, Machine, Program, Prot,
@@ -194,17 +194,25 @@ impl Prepared {
             backing: Backing::Stack,
             ..Attributes::anonymous(access_of(self.plan.stack_prot))
         };
-        map_anonymous(guard, self.stack_range, attributes).map_err(failed("the stack"))?;
+        map_anonymous(
+            &mut guard.program.memory_mut(),
+            self.stack_range,
+            attributes,
+        )
+        .map_err(failed("the stack"))?;
         guard
             .memory()
             .write(self.stack.sp.get(), &self.stack.bytes)
             .map_err(failed("the stack"))?;
 
-        guard.space = self.space;
+        guard.program.memory_mut().space = self.space;
         let block = |range: dune_loader::UserRange| (range.start().get(), range.end().get());
-        guard.process.arguments = block(self.stack.arguments);
-        guard.process.environment = block(self.stack.environment);
-        guard.process.exe = real_path(&self.program.image.path);
+        let exe = real_path(&self.program.image.path);
+        let mut process = guard.program.process_mut();
+        process.arguments = block(self.stack.arguments);
+        process.environment = block(self.stack.environment);
+        process.exe = exe;
+        drop(process);
         set_name(&self.program.filename);
 
         let mut user = UserState::default();
@@ -223,7 +231,8 @@ pub(crate) fn replace(
     envp: Vec<CString>,
 ) -> Answer {
     let path = Path::new(OsStr::from_bytes(path.to_bytes()));
-    let prepared = match prepare(path, argv, &envp, guard.process.limits.stack()) {
+    let stack_limit = guard.program.process().limits.stack();
+    let prepared = match prepare(path, argv, &envp, stack_limit) {
         Ok(prepared) => prepared,
         Err(error) => return Answer::Return(Err(errno_of(&error))),
     };
@@ -242,18 +251,23 @@ pub(crate) fn replace(
 
 /// Takes away what does not survive `execve`.
 fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
-    let areas: Vec<PageRange> = guard.areas.iter().map(|area| area.range).collect();
+    let program = Arc::clone(&guard.program);
+    let mut memory = program.memory_mut();
+    let areas: Vec<PageRange> = memory.areas.iter().map(|area| area.range).collect();
     for range in areas {
-        unmap(guard, range)?;
+        unmap(guard, &mut memory, range)?;
     }
+    drop(memory);
     fd::close_on_exec(guard, kept);
     settle_identity()?;
+    let mut dispositions = program.dispositions();
     for signal in 1..=SIGNALS {
-        if guard.signals.action(signal).disposition() == Disposition::Handler {
-            guard.signals.set_action(signal, Action::default());
+        if dispositions.action(signal).disposition() == Disposition::Handler {
+            dispositions.set_action(signal, Action::default());
             host::set_default(signal);
         }
     }
+    drop(dispositions);
     guard.signals.altstack = AltStack::default();
     guard
         .engine
@@ -266,13 +280,15 @@ fn map_segment(guard: &mut Guard, segment: &SegmentMap, file: RawFd) -> Result<(
     let pages = |range: dune_loader::UserRange| {
         PageRange::new(range.start().get(), range.len()).ok_or(Errno::ENOMEM)
     };
+    let program = Arc::clone(&guard.program);
+    let memory = || program.memory_mut();
     if let Some(range) = segment.file_pages() {
         let range = pages(range)?;
         match segment.zero_tail() {
-            None => map_file(guard, range, access, file, segment.file_offset)?,
+            None => map_file(&mut memory(), range, access, file, segment.file_offset)?,
             Some(tail) => {
                 let writable = access | Access::READ | Access::WRITE;
-                map_file(guard, range, writable, file, segment.file_offset)?;
+                map_file(&mut memory(), range, writable, file, segment.file_offset)?;
                 guard
                     .memory()
                     .write(tail.start().get(), &vec![0; tail.len() as usize])?;
@@ -281,7 +297,7 @@ fn map_segment(guard: &mut Guard, segment: &SegmentMap, file: RawFd) -> Result<(
         }
     }
     if let Some(range) = segment.anonymous_pages() {
-        map_anonymous(guard, pages(range)?, Attributes::anonymous(access))?;
+        map_anonymous(&mut memory(), pages(range)?, Attributes::anonymous(access))?;
     }
     Ok(())
 }

@@ -41,6 +41,7 @@ pub mod guard;
 pub mod host;
 pub mod launch;
 pub mod policy;
+pub mod program;
 pub mod range;
 mod signal;
 pub mod table;

@@ -3,12 +3,14 @@
 
 #![expect(unsafe_code, reason = "tests map user memory by hand")]
 
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use linux_raw_sys::general;
 
 use crate::engine::Access;
 use crate::host::syscall;
+use crate::program::Memory;
 use crate::range::{PAGE_SIZE, PageRange};
 use crate::vma::{Areas, Attributes, Backing, Sharing};
 
@@ -17,7 +19,7 @@ static NEXT: AtomicU64 = AtomicU64::new(0x1000_0000_0000);
 
 /// Mapped pages and the areas that describe them; unmapped when dropped.
 pub(crate) struct UserPages {
-    pub(crate) areas: Areas,
+    pub(crate) memory: RwLock<Memory>,
     range: PageRange,
 }
 
@@ -67,7 +69,10 @@ impl UserPages {
                 },
             },
         );
-        Self { areas, range }
+        Self {
+            memory: RwLock::new(Memory::new(areas)),
+            range,
+        }
     }
 }
 
@@ -83,6 +88,7 @@ impl Drop for UserPages {
 pub(crate) fn guard() -> crate::guard::Guard {
     crate::guard::Guard::new(
         Box::new(crate::engine::mock::MockEngine::new()),
-        crate::signal::Signals::new(),
+        crate::signal::Dispositions::new(),
+        crate::signal::ThreadSignals::default(),
     )
 }

@@ -6,7 +6,8 @@
 //! of two ways:
 //!
 //! - **Private anonymous areas** are copied directly. Once mapped, only the
-//!   guard can take such memory away, so the copy cannot fault.
+//!   guard can take such memory away, and does not while the copy holds the
+//!   memory's lock, so the copy cannot fault.
 //! - **Everything else** (shared memory and file mappings, which somebody may
 //!   truncate under the copy, and device memory) goes through `process_vm_readv` and
 //!   `process_vm_writev` on the guard's own process: the kernel makes the copy
@@ -18,14 +19,16 @@
 #![expect(unsafe_code, reason = "copies to and from user memory")]
 
 use core::arch::asm;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use linux_raw_sys::general::{__NR_process_vm_readv, __NR_process_vm_writev};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::engine::Access;
 use crate::host::{Errno, syscall};
+use crate::program::Memory;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
-use crate::vma::{Areas, Backing, Sharing};
+use crate::vma::{Backing, Sharing};
 
 /// Longest path with its final zero (`PATH_MAX`), in bytes.
 pub const PATH_MAX: usize = 4096;
@@ -43,15 +46,15 @@ pub struct IoVec {
 /// The program's memory, as its areas allow it to be reached.
 #[derive(Clone, Copy, Debug)]
 pub struct UserMemory<'a> {
-    areas: &'a Areas,
+    memory: &'a RwLock<Memory>,
     pid: u32,
 }
 
 impl<'a> UserMemory<'a> {
-    /// The memory described by `areas`, of this process, whose id is `pid`.
+    /// The memory described by `memory`, of this process, whose id is `pid`.
     #[must_use]
-    pub fn new(areas: &'a Areas, pid: u32) -> Self {
-        Self { areas, pid }
+    pub fn new(memory: &'a RwLock<Memory>, pid: u32) -> Self {
+        Self { memory, pid }
     }
 
     /// Fills `buffer` from `addr`.
@@ -66,10 +69,10 @@ impl<'a> UserMemory<'a> {
         let way = self.way(addr, buffer.len(), Access::READ)?;
         let to = buffer.as_mut_ptr();
         match way {
-            // SAFETY: `way` says that the source is mapped, readable and
-            // cannot vanish; the destination is an exclusive slice of the
+            // SAFETY: `way` says that the source is mapped, readable and cannot
+            // vanish as long as the lock in it is held; the destination is an exclusive slice of the
             // same length.
-            Way::Direct => unsafe {
+            Way::Direct(_unchanging) => unsafe {
                 copy_bytes(
                     to,
                     core::ptr::with_exposed_provenance(addr as usize),
@@ -102,8 +105,9 @@ impl<'a> UserMemory<'a> {
         let from = bytes.as_ptr();
         match way {
             // SAFETY: `way` says that the destination is user memory that is
-            // mapped, writable and cannot vanish; no Rust object lives there.
-            Way::Direct => unsafe {
+            // mapped, writable and cannot vanish as long as the lock in it is
+            // held; no Rust object lives there.
+            Way::Direct(_unchanging) => unsafe {
                 copy_bytes(
                     core::ptr::with_exposed_provenance_mut(addr as usize),
                     from,
@@ -225,17 +229,24 @@ impl<'a> UserMemory<'a> {
     }
 
     /// Decides how to reach `len` bytes at `addr`, which is not empty.
-    fn way(self, addr: u64, len: usize, access: Access) -> Result<Way, Errno> {
+    fn way(self, addr: u64, len: usize, access: Access) -> Result<Way<'a>, Errno> {
         let range = UserRange::new(addr, len as u64).ok_or(Errno::EFAULT)?;
         let pages = PageRange::covering(range).ok_or(Errno::EFAULT)?;
-        let mut way = Way::Direct;
-        let allowed = self.areas.all(pages, |attributes| {
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        let mut by_kernel = false;
+        let allowed = memory.areas.all(pages, |attributes| {
             if attributes.backing == Backing::File || attributes.sharing == Sharing::Shared {
-                way = Way::ByKernel;
+                by_kernel = true;
             }
             attributes.effective_access().contains(access)
         });
-        if allowed { Ok(way) } else { Err(Errno::EFAULT) }
+        match (allowed, by_kernel) {
+            (false, _) => Err(Errno::EFAULT),
+            (true, false) => Ok(Way::Direct(memory)),
+            // The kernel looks for itself, at what is there by then: user
+            // memory or nothing.
+            (true, true) => Ok(Way::ByKernel),
+        }
     }
 
     /// Has the kernel copy between `local` (the guard's) and `remote` (the
@@ -274,8 +285,9 @@ impl<'a> UserMemory<'a> {
     }
 }
 
-enum Way {
-    Direct,
+enum Way<'a> {
+    /// Nothing is unmapped while this is held.
+    Direct(RwLockReadGuard<'a, Memory>),
     ByKernel,
 }
 
@@ -308,7 +320,7 @@ mod tests {
     #[test]
     fn copies_go_where_the_areas_allow() {
         let pages = UserPages::anonymous(2);
-        let memory = UserMemory::new(&pages.areas, std::process::id());
+        let memory = UserMemory::new(&pages.memory, std::process::id());
         memory.write(pages.start() + 4090, b"hello, page").unwrap();
         let mut back = [0; 11];
         memory.read(pages.start() + 4090, &mut back).unwrap();
@@ -320,7 +332,7 @@ mod tests {
 
     #[test]
     fn the_guards_own_memory_is_not_user_memory() {
-        let areas = Areas::new();
+        let areas = RwLock::default();
         let memory = UserMemory::new(&areas, std::process::id());
         let mine = 7_u64;
         let addr = (&raw const mine).expose_provenance() as u64;
@@ -332,7 +344,7 @@ mod tests {
     #[test]
     fn a_truncated_file_is_a_fault_not_a_signal() {
         let pages = UserPages::file(2, 1);
-        let memory = UserMemory::new(&pages.areas, std::process::id());
+        let memory = UserMemory::new(&pages.memory, std::process::id());
         assert!(memory.read(pages.start(), &mut [0; 8]).is_ok());
         assert_eq!(
             memory.read(pages.start() + PAGE_SIZE, &mut [0; 8]),
@@ -347,7 +359,7 @@ mod tests {
     #[test]
     fn strings_end_at_their_zero_or_at_a_fault() {
         let pages = UserPages::anonymous(1);
-        let memory = UserMemory::new(&pages.areas, std::process::id());
+        let memory = UserMemory::new(&pages.memory, std::process::id());
         let end = pages.start() + PAGE_SIZE;
         memory.write(end - 4, b"abc\0").unwrap();
         assert_eq!(memory.read_cstr(end - 4, 4096).unwrap(), b"abc\0");
@@ -361,7 +373,7 @@ mod tests {
     #[test]
     fn vectors_are_copied_and_each_is_checked() {
         let pages = UserPages::anonymous(1);
-        let memory = UserMemory::new(&pages.areas, std::process::id());
+        let memory = UserMemory::new(&pages.memory, std::process::id());
         let mine = 0_u64;
         let guard = (&raw const mine).expose_provenance() as u64;
         let put = |vecs: &[IoVec]| memory.write(pages.start(), vecs.as_bytes()).unwrap();

@@ -274,11 +274,7 @@ impl Machine {
     pub(crate) fn renew(&self) -> Result<(), EnterError> {
         for area in crate::thread::ThreadArea::all() {
             // SAFETY: no other thread of the new process is in Dune mode.
-            let area = unsafe { &mut *area.as_ptr() };
-            if let Some(vcpu) = area.vcpu.take() {
-                vcpu.close_inherited();
-            }
-            area.state.store(crate::thread::FREE, Ordering::Relaxed);
+            unsafe { &mut *area.as_ptr() }.drop_inherited_vcpu();
         }
         self.vm.renew(|host| self.tables.hide(host))?;
         self.owner.store(sys::getpid(), Ordering::Release);
@@ -303,15 +299,11 @@ pub fn descriptors() -> Vec<i32> {
     let Some(machine) = Machine::get() else {
         return Vec::new();
     };
-    let vcpus = crate::thread::ThreadArea::all().filter_map(|area| {
-        // SAFETY: areas are never freed.
-        unsafe { (*area.as_ptr()).vcpu.as_ref() }.map(|vcpu| vcpu.descriptor())
-    });
     machine
         .vm()
         .descriptors()
         .into_iter()
-        .chain(vcpus)
+        .chain(crate::thread::ThreadArea::descriptors())
         .collect()
 }
 

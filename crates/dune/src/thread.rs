@@ -20,7 +20,7 @@
 
 use core::mem::{offset_of, size_of};
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use dune_kvm::sys::{self, Errno};
 use dune_kvm::vcpu::{SystemTables, Vcpu};
@@ -91,6 +91,8 @@ pub(crate) struct ThreadArea {
     pub(crate) tss: TaskState,
     pub(crate) state: AtomicU32,
     pub(crate) vcpu: Option<Vcpu>,
+    /// The vCPU's descriptor, for other threads to see; -1 while there is none.
+    descriptor: AtomicI32,
     /// Which signal was captured, its siginfo, and the mask before it.
     pub(crate) signal: u32,
     pub(crate) siginfo: [u64; 16],
@@ -200,6 +202,7 @@ impl ThreadArea {
             tss,
             state: AtomicU32::new(USED),
             vcpu: None,
+            descriptor: AtomicI32::new(-1),
             signal: 0,
             siginfo: [0; 16],
             signal_mask: 0,
@@ -271,6 +274,7 @@ impl ThreadArea {
         });
         match made {
             Ok(vcpu) => {
+                this.descriptor.store(vcpu.descriptor(), Ordering::Release);
                 this.vcpu = Some(vcpu);
                 Ok(())
             }
@@ -334,6 +338,23 @@ impl ThreadArea {
             .iter()
             .take(count)
             .filter_map(|slot| NonNull::new(slot.load(Ordering::Acquire)))
+    }
+
+    /// In the child of a `fork`: gives up the vCPU that was inherited.
+    pub(crate) fn drop_inherited_vcpu(&mut self) {
+        if let Some(vcpu) = self.vcpu.take() {
+            self.descriptor.store(-1, Ordering::Release);
+            vcpu.close_inherited();
+        }
+        self.state.store(FREE, Ordering::Relaxed);
+    }
+
+    /// The descriptors of all vCPUs.
+    pub(crate) fn descriptors() -> impl Iterator<Item = i32> {
+        Self::all()
+            // SAFETY: areas are never freed; the descriptor is atomic.
+            .map(|area| unsafe { &(*area.as_ptr()).descriptor }.load(Ordering::Acquire))
+            .filter(|fd| *fd >= 0)
     }
 
     /// Whether one area is all there is, so that no other vCPU can hold translations.

@@ -30,7 +30,8 @@ pub(crate) fn close_range(guard: &mut Guard, args: Args) -> SysResult {
     }
     // One thread: there is nobody to share the descriptors with.
     let flags = flags & CLOSE_RANGE_CLOEXEC;
-    for (first, last) in pieces(first, last, guard.hidden_fds()) {
+    let hidden = guard.program.hidden_fds();
+    for (first, last) in pieces(first, last, &hidden) {
         forward_always(
             __NR_close_range,
             [u64::from(first), u64::from(last), flags, 0, 0, 0],

@@ -82,8 +82,8 @@ pub(crate) fn readlinkat(guard: &mut Guard, args: Args) -> SysResult {
     if (len as i32) <= 0 {
         return Err(Errno::EINVAL);
     }
-    if procfs::is_exe_link(&guard.process, &path) {
-        let target = &guard.process.exe;
+    if procfs::is_exe_link(guard.pid(), &path) {
+        let target = guard.program.process().exe.clone();
         let count = target.len().min(len as usize);
         guard.memory().write(buffer, &target[..count])?;
         return Ok(count as u64);

@@ -8,6 +8,9 @@
 //! none were reserved, `MAP_GROWSDOWN` mappings do not grow, `mprotect` over a
 //! hole changes nothing, `mremap` neither duplicates nor leaves the old range.
 
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
 use linux_raw_sys::general::{
     __NR_fstatfs, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync, __NR_munmap,
     MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK,
@@ -23,6 +26,7 @@ use crate::calls::{forward_always, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
 use crate::table::Args;
 use crate::vma::{Attributes, Backing, Sharing, effective};
@@ -85,13 +89,17 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     if !anonymous && access.contains(Access::EXEC) {
         refuse_noexec(fd)?;
     }
-    let range = choose(guard, addr, len, flags)?;
-    guard
-        .process
-        .limits
-        .check_address_space(guard.areas.bytes(), len)?;
+    let program = Arc::clone(&guard.program);
+    // Nobody may put one of the guard's descriptors in the place of `fd` now.
+    let hidden = program.hidden_fds();
+    if !anonymous && hidden.binary_search(&(fd as RawFd)).is_ok() {
+        return Err(Errno::EBADF);
+    }
+    let mut memory = program.memory_mut();
+    let range = choose(&memory, addr, len, flags)?;
+    check_limit(&program, &memory, len)?;
 
-    let place = if guard.areas.is_free(range) {
+    let place = if memory.areas.is_free(range) {
         MAP_FIXED_NOREPLACE
     } else {
         guard.revoke(range)?;
@@ -108,7 +116,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     ];
     if let Err(errno) = forward_always(__NR_mmap, args) {
         if place == MAP_FIXED {
-            forget_if_gone(guard, range);
+            forget_if_gone(&mut memory, range);
         }
         return Err(errno);
     }
@@ -117,7 +125,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     } else {
         Backing::File
     };
-    guard.areas.map(
+    memory.areas.map(
         range,
         Attributes {
             access,
@@ -130,19 +138,19 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
 
 /// After a failed `MAP_FIXED` or move: the kernel may have unmapped what was
 /// there before it failed. The table must not promise memory that is gone.
-fn forget_if_gone(guard: &mut Guard, range: PageRange) {
+fn forget_if_gone(memory: &mut Memory, range: PageRange) {
     const MS_ASYNC: u64 = 1;
     let probe = [range.start(), range.len(), MS_ASYNC, 0, 0, 0];
-    if guard.areas.is_mapped(range) && forward_always(__NR_msync, probe).is_ok() {
+    if memory.areas.is_mapped(range) && forward_always(__NR_msync, probe).is_ok() {
         return;
     }
     // The same pages, so this fails only if nothing is left to unmap.
     let _ = forward_always(__NR_munmap, [range.start(), range.len(), 0, 0, 0, 0]);
-    guard.areas.unmap(range);
+    memory.areas.unmap(range);
 }
 
 /// Where a mapping goes.
-fn choose(guard: &Guard, addr: u64, len: u64, flags: u32) -> Result<PageRange, Errno> {
+fn choose(memory: &Memory, addr: u64, len: u64, flags: u32) -> Result<PageRange, Errno> {
     if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0 {
         if !addr.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);
@@ -152,25 +160,31 @@ fn choose(guard: &Guard, addr: u64, len: u64, flags: u32) -> Result<PageRange, E
             return Err(Errno::EPERM);
         }
         let range = PageRange::new(addr, len).ok_or(Errno::ENOMEM)?;
-        if flags & MAP_FIXED_NOREPLACE != 0 && !guard.areas.is_free(range) {
+        if flags & MAP_FIXED_NOREPLACE != 0 && !memory.areas.is_free(range) {
             return Err(Errno::EEXIST);
         }
         return Ok(range);
     }
     let hint = PageRange::new(addr & !(PAGE_SIZE - 1), len);
-    if let Some(hint) = hint.filter(|hint| guard.areas.is_free(*hint)) {
+    if let Some(hint) = hint.filter(|hint| memory.areas.is_free(*hint)) {
         return Ok(hint);
     }
     let top = if flags & MAP_32BIT != 0 {
         LOW_TOP
     } else {
-        guard.space.mmap_top
+        memory.space.mmap_top
     };
-    guard
+    memory
         .areas
         .find_free(len, USER_LO, top)
-        .or_else(|| guard.areas.find_free(len, USER_LO, USER_TOP))
+        .or_else(|| memory.areas.find_free(len, USER_LO, USER_TOP))
         .ok_or(Errno::ENOMEM)
+}
+
+/// `ENOMEM` if `more` bytes exceed the program's limit.
+fn check_limit(program: &Program, memory: &Memory, more: u64) -> Result<(), Errno> {
+    let limits = program.process().limits;
+    limits.check_address_space(memory.areas.bytes(), more)
 }
 
 /// `EPERM` for a file on a file system mounted `noexec`: the host does not see
@@ -200,11 +214,13 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
     let range = page_len(len)
         .and_then(|len| PageRange::new(addr, len))
         .ok_or(Errno::ENOMEM)?;
-    if !guard.areas.is_mapped(range) {
+    let program = Arc::clone(&guard.program);
+    let mut memory = program.memory_mut();
+    if !memory.areas.is_mapped(range) {
         return Err(Errno::ENOMEM);
     }
     // Area by area, so that a refusal half-way leaves the table true.
-    let pieces: Vec<(PageRange, Access)> = guard
+    let pieces: Vec<(PageRange, Access)> = memory
         .areas
         .overlapping(range)
         .filter_map(|area| Some((area.range.intersect(range)?, area.attributes.access)))
@@ -214,13 +230,13 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
             continue;
         }
         guard.revoke(piece)?;
-        protect_piece(guard, piece, old, access)?;
+        protect_piece(&mut memory, piece, old, access)?;
     }
     Ok(0)
 }
 
 fn protect_piece(
-    guard: &mut Guard,
+    memory: &mut Memory,
     piece: PageRange,
     old: Access,
     new: Access,
@@ -242,7 +258,7 @@ fn protect_piece(
         set(host_prot(old))?;
         return Err(errno);
     }
-    guard.areas.protect(piece, new).map_err(|_| Errno::ENOMEM)
+    memory.areas.protect(piece, new).map_err(|_| Errno::ENOMEM)
 }
 
 pub(crate) fn munmap(guard: &mut Guard, args: Args) -> SysResult {
@@ -253,18 +269,19 @@ pub(crate) fn munmap(guard: &mut Guard, args: Args) -> SysResult {
     let range = page_len(len)
         .and_then(|len| PageRange::new(addr, len))
         .ok_or(Errno::EINVAL)?;
-    unmap(guard, range)?;
+    let program = Arc::clone(&guard.program);
+    unmap(guard, &mut program.memory_mut(), range)?;
     Ok(0)
 }
 
 /// Unmaps whatever is in `range`.
-pub(crate) fn unmap(guard: &mut Guard, range: PageRange) -> Result<(), Errno> {
-    if guard.areas.is_free(range) {
+pub(crate) fn unmap(guard: &mut Guard, memory: &mut Memory, range: PageRange) -> Result<(), Errno> {
+    if memory.areas.is_free(range) {
         return Ok(());
     }
     guard.revoke(range)?;
     forward_always(__NR_munmap, [range.start(), range.len(), 0, 0, 0, 0])?;
-    guard.areas.unmap(range);
+    memory.areas.unmap(range);
     Ok(())
 }
 
@@ -282,16 +299,15 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     let new_len = page_len(new_len)
         .filter(|&len| len != 0)
         .ok_or(Errno::EINVAL)?;
-    let area = guard.areas.find(addr).ok_or(Errno::EFAULT)?;
+    let program = Arc::clone(&guard.program);
+    let memory = &mut *program.memory_mut();
+    let area = memory.areas.find(addr).ok_or(Errno::EFAULT)?;
     if old.end() > area.range.end() {
         return Err(Errno::EFAULT);
     }
     let attributes = area.attributes;
     if new_len > old.len() {
-        guard
-            .process
-            .limits
-            .check_address_space(guard.areas.bytes(), new_len - old.len())?;
+        check_limit(&program, memory, new_len - old.len())?;
     }
 
     let new = if flags & MREMAP_FIXED != 0 {
@@ -299,38 +315,38 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
         if new.intersect(old).is_some() {
             return Err(Errno::EINVAL);
         }
-        unmap(guard, new)?;
+        unmap(guard, memory, new)?;
         new
     } else {
         if new_len <= old.len() {
             if let Some(tail) = PageRange::new(old.start() + new_len, old.len() - new_len) {
-                unmap(guard, tail)?;
+                unmap(guard, memory, tail)?;
             }
             return Ok(old.start());
         }
         let grown = PageRange::new(old.start(), new_len);
         let next = PageRange::new(old.end(), new_len - old.len());
         if let (Some(grown), Some(next)) = (grown, next)
-            && guard.areas.is_free(next)
+            && memory.areas.is_free(next)
         {
             let in_place = [old.start(), old.len(), new_len, 0, 0, 0];
             if forward_always(__NR_mremap, in_place).is_ok() {
-                guard.areas.map(grown, attributes);
+                memory.areas.map(grown, attributes);
                 return Ok(grown.start());
             }
         }
         if flags & MREMAP_MAYMOVE == 0 {
             return Err(Errno::ENOMEM);
         }
-        guard
+        memory
             .areas
-            .find_free(new_len, USER_LO, guard.space.mmap_top)
+            .find_free(new_len, USER_LO, memory.space.mmap_top)
             .ok_or(Errno::ENOMEM)?
     };
     // What the kernel would do first, and would not undo if the move failed.
     let old = match PageRange::new(old.start() + new_len, old.len().saturating_sub(new_len)) {
         Some(tail) => {
-            unmap(guard, tail)?;
+            unmap(guard, memory, tail)?;
             PageRange::new(old.start(), new_len).ok_or(Errno::EINVAL)?
         }
         None => old,
@@ -341,53 +357,52 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     if let Err(errno) = forward_always(__NR_mremap, args) {
         // Kernels since 6.17 move mapping by mapping, and may have moved some.
         let _ = forward_always(__NR_munmap, [new.start(), new.len(), 0, 0, 0, 0]);
-        forget_if_gone(guard, old);
+        forget_if_gone(memory, old);
         return Err(errno);
     }
-    guard.areas.unmap(old);
-    guard.areas.map(new, attributes);
+    memory.areas.unmap(old);
+    memory.areas.map(new, attributes);
     Ok(new.start())
 }
 
 /// Returns the break in force, new or old: the kernel's `brk` never fails.
 pub(crate) fn brk(guard: &mut Guard, args: Args) -> SysResult {
     let [wanted, ..] = args;
+    let program = Arc::clone(&guard.program);
+    let memory = &mut *program.memory_mut();
     let Space {
         heap_start,
         heap_end,
         ..
-    } = guard.space;
+    } = memory.space;
     if wanted < heap_start || wanted >= USER_TOP {
         return Ok(heap_end);
     }
     let old_top = heap_end.next_multiple_of(PAGE_SIZE);
     let new_top = wanted.next_multiple_of(PAGE_SIZE);
     let done = if new_top > old_top {
-        grow_heap(guard, old_top, new_top - old_top)
+        grow_heap(&program, memory, old_top, new_top - old_top)
     } else {
         match PageRange::new(new_top, old_top - new_top) {
-            Some(tail) => unmap(guard, tail),
+            Some(tail) => unmap(guard, memory, tail),
             None => Ok(()),
         }
     };
     if done.is_ok() {
-        guard.space.heap_end = wanted;
+        memory.space.heap_end = wanted;
     }
-    Ok(guard.space.heap_end)
+    Ok(memory.space.heap_end)
 }
 
-fn grow_heap(guard: &mut Guard, at: u64, len: u64) -> Result<(), Errno> {
+fn grow_heap(program: &Program, memory: &mut Memory, at: u64, len: u64) -> Result<(), Errno> {
     let range = PageRange::new(at, len).ok_or(Errno::ENOMEM)?;
-    if !guard.areas.is_free(range) {
+    if !memory.areas.is_free(range) {
         return Err(Errno::ENOMEM);
     }
-    guard
-        .process
-        .limits
-        .check_address_space(guard.areas.bytes(), len)?;
+    check_limit(program, memory, len)?;
     let access = Access::READ | Access::WRITE;
     map_anonymous(
-        guard,
+        memory,
         range,
         Attributes {
             backing: Backing::Heap,
@@ -398,7 +413,7 @@ fn grow_heap(guard: &mut Guard, at: u64, len: u64) -> Result<(), Errno> {
 
 /// Maps fresh private memory where nothing is mapped.
 pub(crate) fn map_anonymous(
-    guard: &mut Guard,
+    memory: &mut Memory,
     range: PageRange,
     attributes: Attributes,
 ) -> Result<(), Errno> {
@@ -408,16 +423,16 @@ pub(crate) fn map_anonymous(
         __NR_mmap,
         [range.start(), range.len(), prot, flags, u64::MAX, 0],
     )?;
-    guard.areas.map(range, attributes);
+    memory.areas.map(range, attributes);
     Ok(())
 }
 
 /// Maps a piece of a file privately where nothing is mapped.
 pub(crate) fn map_file(
-    guard: &mut Guard,
+    memory: &mut Memory,
     range: PageRange,
     access: Access,
-    fd: std::os::fd::RawFd,
+    fd: RawFd,
     offset: u64,
 ) -> Result<(), Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_FIXED_NOREPLACE);
@@ -431,7 +446,7 @@ pub(crate) fn map_file(
         sharing: Sharing::Private,
         backing: Backing::File,
     };
-    guard.areas.map(range, attributes);
+    memory.areas.map(range, attributes);
     Ok(())
 }
 

@@ -170,10 +170,10 @@ impl Guard {
     fn copy_string(&mut self, addr: u64, which: usize, kind: Arg) -> Result<u64, Errno> {
         // Two buffers serve: no call of the table has more strings.
         let buffer = self.strings.0.get_mut(which).ok_or(Errno::EINVAL)?;
-        let memory = UserMemory::new(&self.areas, self.process.pid);
+        let memory = UserMemory::new(self.program.memory_lock(), self.program.pid());
         let len = memory.read_cstr_into(addr, &mut buffer[..])?;
         if kind == Arg::Path {
-            procfs::replace_exe_link(&self.process, buffer, len)?;
+            procfs::replace_exe_link(&self.program, buffer, len)?;
         }
         Ok(own(&buffer[..]))
     }
@@ -195,7 +195,7 @@ impl Guard {
     pub(crate) fn read_path(&self, addr: u64) -> Result<Vec<u8>, Errno> {
         let mut buffer = [0; PATH_MAX];
         let len = self.memory().read_cstr_into(addr, &mut buffer)?;
-        procfs::replace_exe_link(&self.process, &mut buffer, len)?;
+        procfs::replace_exe_link(&self.program, &mut buffer, len)?;
         let end = buffer.iter().position(|&byte| byte == 0).unwrap_or(len);
         Ok(buffer[..=end].to_vec())
     }

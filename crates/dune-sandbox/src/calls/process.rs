@@ -26,8 +26,6 @@ use crate::user::PATH_MAX;
 /// What the guard knows of the process itself.
 #[derive(Clone, Debug)]
 pub(crate) struct Process {
-    /// Its id, the same for the program and the host.
-    pub(crate) pid: u32,
     /// Absolute path of the program, as `/proc/self/exe` must tell it.
     pub(crate) exe: Vec<u8>,
     /// Where the argument strings lie in user memory: `(start, end)`.
@@ -43,7 +41,6 @@ pub(crate) struct Process {
 impl Process {
     pub(crate) fn of_this_process() -> Self {
         Self {
-            pid: std::process::id(),
             exe: Vec::new(),
             arguments: (0, 0),
             environment: (0, 0),
@@ -177,6 +174,29 @@ fn capabilities() -> Result<([u32; 2], CapabilitySets), Errno> {
     Ok((header, sets))
 }
 
+/// Changes one of the limits that the guard keeps, if `resource` is one, and
+/// returns what it was.
+fn change_own_limit(
+    limits: &mut Limits,
+    resource: u32,
+    new: Option<Limit>,
+) -> Result<Option<Limit>, Errno> {
+    let Some(limit) = limits.of(resource) else {
+        return Ok(None);
+    };
+    let previous = *limit;
+    if let Some(new) = new {
+        if new[0] > new[1] {
+            return Err(Errno::EINVAL);
+        }
+        if new[1] > limit[1] && !may_raise_limits() {
+            return Err(Errno::EPERM);
+        }
+        *limit = new;
+    }
+    Ok(Some(previous))
+}
+
 fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult {
     let resource = resource as u32;
     if resource >= RLIM_NLIMITS {
@@ -187,26 +207,17 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
     } else {
         Some(guard.memory().read_value(new)?)
     };
-    let mut previous: Limit = [0; 2];
-    match guard.process.limits.of(resource) {
-        Some(limit) => {
-            previous = *limit;
-            if let Some(new) = new {
-                if new[0] > new[1] {
-                    return Err(Errno::EINVAL);
-                }
-                if new[1] > limit[1] && !may_raise_limits() {
-                    return Err(Errno::EPERM);
-                }
-                *limit = new;
-            }
-        }
+    let kept = change_own_limit(&mut guard.program.process_mut().limits, resource, new)?;
+    let previous = match kept {
+        Some(previous) => previous,
         None => {
+            let mut previous: Limit = [0; 2];
             let new = new.as_ref().map_or(0, own);
             let args = [0, u64::from(resource), new, own_mut(&mut previous), 0, 0];
             forward(__NR_prlimit64, args)?;
+            previous
         }
-    }
+    };
     if old != 0 {
         guard.memory().write_value(old, &previous)?;
     }
@@ -231,7 +242,7 @@ pub(crate) fn setrlimit(guard: &mut Guard, args: Args) -> SysResult {
 pub(crate) fn prlimit64(guard: &mut Guard, args: Args) -> SysResult {
     let [pid, resource, new, old, ..] = args;
     let pid = pid as u32;
-    if pid != 0 && pid != guard.process.pid {
+    if pid != 0 && pid != guard.pid() {
         return Err(Errno::EPERM);
     }
     limit_call(guard, resource, new, old)
@@ -239,7 +250,7 @@ pub(crate) fn prlimit64(guard: &mut Guard, args: Args) -> SysResult {
 
 /// The program has one thread, whose end is the process's.
 pub(crate) fn set_tid_address(guard: &mut Guard, _args: Args) -> SysResult {
-    Ok(u64::from(guard.process.pid))
+    Ok(u64::from(guard.pid()))
 }
 
 /// Remembered, not passed on: the host kernel would write to it when the
@@ -250,16 +261,16 @@ pub(crate) fn set_robust_list(guard: &mut Guard, args: Args) -> SysResult {
     if len != HEAD_LEN {
         return Err(Errno::EINVAL);
     }
-    guard.process.robust_list = (head, len);
+    guard.program.process_mut().robust_list = (head, len);
     Ok(0)
 }
 
 pub(crate) fn get_robust_list(guard: &mut Guard, args: Args) -> SysResult {
     let [pid, head, len, ..] = args;
-    if pid != 0 && pid as u32 != guard.process.pid {
+    if pid != 0 && pid as u32 != guard.pid() {
         return Err(Errno::EPERM);
     }
-    let (robust_head, robust_len) = guard.process.robust_list;
+    let (robust_head, robust_len) = guard.program.process().robust_list;
     guard.memory().write_value(head, &robust_head)?;
     guard.memory().write_value(len, &robust_len)?;
     Ok(0)

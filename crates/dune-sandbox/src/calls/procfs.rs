@@ -25,17 +25,17 @@ use linux_raw_sys::general::{
 };
 
 use crate::calls::file::give_up;
-use crate::calls::process::Process;
 use crate::calls::{forward_always, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::program::Program;
 use crate::range::USER_HI;
 use crate::user::PATH_MAX;
 use crate::vma::Backing;
 
 /// Whether `path`, with its final zero, is the link to the program's own file.
-pub(crate) fn is_exe_link(process: &Process, path: &[u8]) -> bool {
+pub(crate) fn is_exe_link(pid: u32, path: &[u8]) -> bool {
     let Some(rest) = path.strip_prefix(b"/proc/") else {
         return false;
     };
@@ -43,7 +43,7 @@ pub(crate) fn is_exe_link(process: &Process, path: &[u8]) -> bool {
     let Some(owner) = rest.strip_suffix(b"/exe") else {
         return false;
     };
-    owner == b"self" || owner == b"thread-self" || owner == process.pid.to_string().as_bytes()
+    owner == b"self" || owner == b"thread-self" || owner == pid.to_string().as_bytes()
 }
 
 /// Replaces `/proc/self/exe`, whose link names the guard's binary, by the
@@ -53,14 +53,14 @@ pub(crate) fn is_exe_link(process: &Process, path: &[u8]) -> bool {
 ///
 /// `ENAMETOOLONG` if the program's path does not fit.
 pub(crate) fn replace_exe_link(
-    process: &Process,
+    program: &Program,
     buffer: &mut [u8; PATH_MAX],
     len: usize,
 ) -> Result<(), Errno> {
-    if !is_exe_link(process, &buffer[..len]) {
+    if !is_exe_link(program.pid(), &buffer[..len]) {
         return Ok(());
     }
-    let exe = &process.exe;
+    let exe = &program.process().exe;
     if exe.len() >= PATH_MAX {
         return Err(Errno::ENAMETOOLONG);
     }
@@ -85,7 +85,7 @@ pub(crate) fn vet(guard: &mut Guard, opened: u64, flags: u64) -> SysResult {
         // Without a name nothing can be said of it.
         Err(_) => return give_up(opened, Errno::EACCES),
     };
-    let result = match view(&path, guard.process.pid) {
+    let result = match view(&path, guard.pid()) {
         View::AsItIs => return Ok(opened),
         View::Refused => Err(Errno::EACCES),
         // A name only: it can be opened through /proc/self/fd, and is looked
@@ -103,13 +103,13 @@ pub(crate) fn vet(guard: &mut Guard, opened: u64, flags: u64) -> SysResult {
 
 /// Whether the program lists the descriptors of its own process.
 pub(crate) fn is_own_fd_folder(guard: &Guard, fd: u64) -> bool {
-    if guard.hidden_fds().is_empty() || !is_on_proc(fd) {
+    if guard.program.hidden_fds().is_empty() || !is_on_proc(fd) {
         return false;
     }
     let Ok(path) = path_of(fd) else { return false };
     let mut names = path.rsplit(|&byte| byte == b'/');
     matches!(names.next(), Some(b"fd" | b"fdinfo"))
-        && names.next() == Some(guard.process.pid.to_string().as_bytes())
+        && names.next() == Some(guard.pid().to_string().as_bytes())
 }
 
 /// What the program sees of a file on procfs.
@@ -168,8 +168,14 @@ fn render(guard: &Guard, opened: u64, what: What) -> Result<Vec<u8>, Errno> {
         }
     };
     Ok(match what {
-        What::CommandLine => strings(guard.process.arguments),
-        What::Environment => strings(guard.process.environment),
+        What::CommandLine => {
+            let block = guard.program.process().arguments;
+            strings(block)
+        }
+        What::Environment => {
+            let block = guard.program.process().environment;
+            strings(block)
+        }
         What::Stat => render_stat(&read_all(opened)?),
         What::Maps => render_maps(guard, &read_all(opened)?),
     })
@@ -201,6 +207,7 @@ fn render_stat(text: &[u8]) -> Vec<u8> {
 /// The host's lines for the user's part, with the rights and names that the
 /// program expects.
 fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
+    let memory = guard.program.memory();
     let mut rendered = Vec::new();
     for line in text.split_inclusive(|&byte| byte == b'\n') {
         let Some(start) = line
@@ -210,7 +217,10 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
         else {
             continue;
         };
-        let Some(area) = (start < USER_HI).then(|| guard.areas.find(start)).flatten() else {
+        let Some(area) = (start < USER_HI)
+            .then(|| memory.areas.find(start))
+            .flatten()
+        else {
             continue;
         };
         let mut line = line.to_vec();
@@ -429,18 +439,16 @@ mod tests {
 
     #[test]
     fn the_exe_link_is_known_in_its_spellings() {
-        let mut process = Process::of_this_process();
-        process.exe = b"/bin/true".to_vec();
-        assert!(is_exe_link(&process, b"/proc/self/exe\0"));
-        assert!(is_exe_link(
-            &process,
-            format!("/proc/{}/exe\0", process.pid).as_bytes()
-        ));
-        assert!(!is_exe_link(&process, b"/proc/1/exe\0"));
-        assert!(!is_exe_link(&process, b"/proc/self/exefoo\0"));
+        let program = Program::new(crate::signal::Dispositions::new(), Vec::new());
+        program.process_mut().exe = b"/bin/true".to_vec();
+        let pid = program.pid();
+        assert!(is_exe_link(pid, b"/proc/self/exe\0"));
+        assert!(is_exe_link(pid, format!("/proc/{pid}/exe\0").as_bytes()));
+        assert!(!is_exe_link(pid, b"/proc/1/exe\0"));
+        assert!(!is_exe_link(pid, b"/proc/self/exefoo\0"));
         let mut buffer = [b'x'; PATH_MAX];
         buffer[..15].copy_from_slice(b"/proc/self/exe\0");
-        replace_exe_link(&process, &mut buffer, 15).unwrap();
+        replace_exe_link(&program, &mut buffer, 15).unwrap();
         assert!(buffer.starts_with(b"/bin/true\0"));
     }
 }

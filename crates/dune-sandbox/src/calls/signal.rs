@@ -28,16 +28,20 @@ pub(crate) fn rt_sigaction(guard: &mut Guard, args: Args) -> SysResult {
     if size != SIGSET_LEN || signal == 0 || signal > SIGNALS {
         return Err(Errno::EINVAL);
     }
-    let previous = guard.signals.action(signal);
-    if new != 0 {
+    let previous = if new == 0 {
+        guard.program.dispositions().action(signal)
+    } else {
         let mut action: Action = guard.memory().read_value(new)?;
         if UNBLOCKABLE & bit(signal) != 0 {
             return Err(Errno::EINVAL);
         }
         action.mask &= !UNBLOCKABLE;
-        guard.signals.set_action(signal, action);
+        let mut dispositions = guard.program.dispositions();
+        let previous = dispositions.action(signal);
+        dispositions.set_action(signal, action);
         host::install(signal, &action)?;
-    }
+        previous
+    };
     if old != 0 {
         guard.memory().write_value(old, &previous)?;
     }
@@ -96,7 +100,8 @@ fn queue<const INFO: usize>(
         Err(errno) => return Answer::Return(Err(errno)),
     };
     info.signo = args[INFO - 1] as i32;
-    let own_id = |&id: &u64| id as u32 == guard.process.pid;
+    let pid = guard.pid();
+    let own_id = |&id: &u64| id as u32 == pid;
     if args[..INFO - 1].iter().all(own_id) && info.is_fault_of_the_thread() {
         return queue_fault(guard, user, info);
     }
@@ -112,10 +117,11 @@ fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> An
     const SI_QUEUE: i32 = -1;
     let signal = info.signal();
     let blocked = guard.signals.mask & bit(signal) != 0;
-    if blocked || guard.signals.action(signal).disposition() != Disposition::Handler {
+    let action = guard.program.dispositions().action(signal);
+    if blocked || action.disposition() != Disposition::Handler {
         // It waits in the host, or the host acts on it: as an ordinary signal.
         info.code = SI_QUEUE;
-        let pid = u64::from(guard.process.pid);
+        let pid = u64::from(guard.pid());
         let args = [pid, u64::from(signal), own(&info), 0, 0, 0];
         return Answer::Return(forward(__NR_rt_sigqueueinfo, args));
     }

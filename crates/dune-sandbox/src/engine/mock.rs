@@ -2,10 +2,9 @@
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Access, Engine, EngineError, Trap, UserState};
 use crate::range::PageRange;
@@ -29,7 +28,7 @@ pub struct MockEngine {
     pub script: VecDeque<(UserState, Trap)>,
     /// What was asked so far; shared, so that a test sees it while the guard
     /// has the engine.
-    pub requests: Rc<RefCell<Vec<Request>>>,
+    pub requests: Arc<Mutex<Vec<Request>>>,
     /// The extended state.
     pub xstate: Vec<u8>,
     kick: Box<AtomicU8>,
@@ -47,12 +46,17 @@ impl MockEngine {
     pub fn new() -> Self {
         let mut mock = Self {
             script: VecDeque::new(),
-            requests: Rc::default(),
+            requests: Arc::default(),
             xstate: vec![0; XSTATE_LEN],
             kick: Box::new(AtomicU8::new(0)),
         };
         mock.clear_xstate();
         mock
+    }
+
+    fn note(&self, request: Request) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        requests.push(request);
     }
 
     fn clear_xstate(&mut self) {
@@ -78,14 +82,12 @@ impl Engine for MockEngine {
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
-        self.requests
-            .borrow_mut()
-            .push(Request::Admit(addr, area, access));
+        self.note(Request::Admit(addr, area, access));
         Ok(())
     }
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
-        self.requests.borrow_mut().push(Request::Revoke(range));
+        self.note(Request::Revoke(range));
         Ok(())
     }
 

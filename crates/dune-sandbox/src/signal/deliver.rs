@@ -64,7 +64,7 @@ impl Guard {
             return Resume::Continue;
         };
         let signal = info.signal();
-        let action = self.signals.action(signal);
+        let action = self.program.dispositions().action(signal);
         if let Some(interrupted) = &interrupted {
             if action.disposition() != Disposition::Handler || interrupted.restarts(&action) {
                 rewind(user, interrupted);
@@ -102,7 +102,7 @@ impl Guard {
         fault: FaultContext,
     ) -> Resume {
         let signal = info.signal();
-        let action = self.signals.action(signal);
+        let action = self.program.dispositions().action(signal);
         let blocked = self.signals.mask & bit(signal) != 0;
         if action.disposition() != Disposition::Handler || blocked {
             return Resume::Killed(signal);
@@ -125,7 +125,8 @@ impl Guard {
             return Resume::Killed(SIGSEGV);
         }
         if action.has(SA_RESETHAND) {
-            self.signals.set_action(
+            let mut dispositions = self.program.dispositions();
+            dispositions.set_action(
                 signal,
                 Action {
                     handler: super::SIG_DFL,

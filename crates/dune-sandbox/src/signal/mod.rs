@@ -202,31 +202,45 @@ impl AltStack {
     }
 }
 
-/// The signal state of the program.
-#[derive(Clone, Debug)]
-pub(crate) struct Signals {
-    actions: [Action; SIGNALS as usize],
+/// The signal state of one thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ThreadSignals {
     /// Blocked signals; the host thread's mask is the same, except while a
     /// noted signal waits (then everything is blocked there).
     pub(crate) mask: SigSet,
     pub(crate) altstack: AltStack,
 }
 
-impl Signals {
-    /// No signal has a handler and none is blocked.
+impl ThreadSignals {
+    /// As the program inherits it from whoever started this process: what was
+    /// blocked stays so.
+    pub(crate) fn inherited() -> Self {
+        Self {
+            mask: host::mask(),
+            altstack: AltStack::default(),
+        }
+    }
+}
+
+/// What the program does with each signal: the same for all of its threads.
+#[derive(Clone, Debug)]
+pub(crate) struct Dispositions {
+    actions: [Action; SIGNALS as usize],
+}
+
+impl Dispositions {
+    /// No signal has a handler.
     pub(crate) fn new() -> Self {
         Self {
             actions: [Action::default(); SIGNALS as usize],
-            mask: 0,
-            altstack: AltStack::default(),
         }
     }
 
     /// As the program inherits it from whoever started this process: what was
-    /// ignored or blocked stays so. `SIGPIPE`, which the Rust runtime ignores
+    /// ignored stays so. `SIGPIPE`, which the Rust runtime ignores
     /// on its own account, and the faults that it catches get their default.
     pub(crate) fn inherited() -> Self {
-        let mut signals = Self::new();
+        let mut dispositions = Self::new();
         for signal in 1..=SIGNALS {
             let Some(host) = host::disposition(signal) else {
                 continue;
@@ -235,11 +249,10 @@ impl Signals {
             if ours {
                 host::set_default(signal);
             } else {
-                signals.actions[signal as usize - 1].handler = host.handler;
+                dispositions.actions[signal as usize - 1].handler = host.handler;
             }
         }
-        signals.mask = host::mask();
-        signals
+        dispositions
     }
 
     /// The action of `signal`, 1 to 64.

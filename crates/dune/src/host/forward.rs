@@ -204,11 +204,7 @@ fn architecture(this: &mut ThreadArea, code: usize, address: usize) -> isize {
 fn is_ours(fd: usize) -> bool {
     let fd = fd as u32 as i32;
     Machine::get().is_some_and(|machine| machine.vm().descriptors().contains(&fd))
-        || ThreadArea::all().any(|area| {
-            // SAFETY: areas are never freed; a vCPU that is being made is not yet known to
-            // anybody who could close it.
-            unsafe { (*area.as_ptr()).vcpu.as_ref() }.is_some_and(|v| v.descriptor() == fd)
-        })
+        || ThreadArea::descriptors().any(|ours| ours == fd)
 }
 
 /// Closes a range of descriptors around the runtime's own.
@@ -245,13 +241,9 @@ fn close_range(first: usize, last: usize, flags: usize) -> isize {
 
 fn ours() -> impl Iterator<Item = u32> {
     let vm = Machine::get().map(|machine| machine.vm().descriptors());
-    let vcpus = ThreadArea::all().filter_map(|area| {
-        // SAFETY: as in `is_ours`.
-        unsafe { (*area.as_ptr()).vcpu.as_ref() }.map(|v| v.descriptor())
-    });
     vm.into_iter()
         .flatten()
-        .chain(vcpus)
+        .chain(ThreadArea::descriptors())
         .filter(|fd| *fd >= 0)
         .map(|fd| fd as u32)
 }
