@@ -8,9 +8,11 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::host::{Errno, SysResult};
+use crate::policy::enforced::Enforced;
 use crate::program::Program;
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
@@ -63,6 +65,8 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// What the call in hand holds, until it is done.
+    pub(crate) pins: Vec<Pin>,
     /// Set when the engine failed inside a call.
     broken: Option<EngineError>,
 }
@@ -95,6 +99,7 @@ impl Guard {
             engine,
             signals,
             strings: Strings::default(),
+            pins: Vec::new(),
             broken: None,
         }
     }
@@ -140,6 +145,14 @@ impl Guard {
         match self.broken.take() {
             Some(error) => Err(error),
             None => Ok(resume),
+        }
+    }
+
+    /// Sets what the program may do. Only before it runs: nobody else may know
+    /// of it yet.
+    pub(crate) fn set_policy(&mut self, policy: Enforced) {
+        if let Some(program) = Arc::get_mut(&mut self.program) {
+            program.set_policy(policy);
         }
     }
 
@@ -189,7 +202,9 @@ impl Guard {
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
-        let result = match self.dispatch(call, user, args) {
+        let answer = self.dispatch(call, user, args);
+        self.pins.clear();
+        let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
             Answer::Exit(status) => return Resume::Exit(status),

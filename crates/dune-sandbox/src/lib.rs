@@ -51,5 +51,7 @@ pub mod user;
 pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
+pub use confine::SecondWall;
 pub use guard::{End, Guard, MissingCall, Resume};
 pub use launch::LaunchError;
+pub use policy::{Policy, Refusal};

@@ -20,6 +20,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::guard::MissingCall;
+use crate::host::Errno;
+use crate::policy::enforced::Enforced;
 use crate::signal::Dispositions;
 use crate::table;
 use crate::vma::Areas;
@@ -52,6 +54,7 @@ pub(crate) struct Program {
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
+    policy: Enforced,
     pid: AtomicU32,
 }
 
@@ -64,8 +67,45 @@ impl Program {
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
+            policy: Enforced::unrestricted(),
             pid: AtomicU32::new(std::process::id()),
         }
+    }
+
+    /// Sets what the program may do, before it runs.
+    pub(crate) fn set_policy(&mut self, policy: Enforced) {
+        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(policy.fd());
+        fds.sort_unstable();
+        self.policy = policy;
+    }
+
+    /// What the program may do.
+    pub(crate) fn policy(&self) -> &Enforced {
+        &self.policy
+    }
+
+    /// Has `make` make a descriptor, which is the guard's from the first
+    /// moment until [`Program::give_back`].
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`.
+    pub(crate) fn take(&self, make: impl FnOnce() -> Result<RawFd, Errno>) -> Result<RawFd, Errno> {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        let fd = make()?;
+        let at = fds.partition_point(|&other| other < fd);
+        fds.insert(at, fd);
+        Ok(fd)
+    }
+
+    /// Has `close` close a descriptor of the guard.
+    pub(crate) fn give_back(&self, fd: RawFd, close: impl FnOnce(RawFd)) {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(at) = fds.binary_search(&fd) {
+            fds.remove(at);
+        }
+        close(fd);
     }
 
     /// The process's id, the same for the program and the host.

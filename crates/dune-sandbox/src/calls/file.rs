@@ -5,11 +5,14 @@ use linux_raw_sys::general::{
     __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev, AT_FDCWD,
     O_CREAT, O_TRUNC, O_WRONLY,
 };
+use linux_raw_sys::ioctl::FS_IOC_SETFLAGS;
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
 use crate::calls::{fd, forward, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::policy::Need;
+use crate::policy::uses::Last;
 use crate::table::Args;
 
 pub(crate) use crate::calls::fd::close_range;
@@ -39,8 +42,9 @@ pub(crate) fn creat(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn openat(guard: &mut Guard, args: Args) -> SysResult {
     let [dirfd, path, flags, mode, ..] = args;
-    let path = guard.copy_path(path)?;
-    let opened = forward(__NR_openat, [dirfd, path, flags, mode, 0, 0])?;
+    let mut held = flags;
+    let path = guard.hold_opened(dirfd, path, &mut held)?;
+    let opened = forward(__NR_openat, [dirfd, path, held, mode, 0, 0])?;
     procfs::vet(guard, opened, flags)
 }
 
@@ -66,9 +70,14 @@ pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
     for (field, bytes) in how.iter_mut().zip(known.as_chunks::<8>().0) {
         *field = u64::from_le_bytes(*bytes);
     }
-    let path = guard.copy_path(path)?;
+    let flags = how[0];
+    if how[2] != 0 && guard.program.policy().files().is_some() {
+        // Ways of resolving a path that is not the program's any more.
+        return Err(Errno::ENOSYS);
+    }
+    let path = guard.hold_opened(dirfd, path, &mut how[0])?;
     let opened = forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])?;
-    procfs::vet(guard, opened, how[0])
+    procfs::vet(guard, opened, flags)
 }
 
 pub(crate) fn readlink(guard: &mut Guard, args: Args) -> SysResult {
@@ -88,6 +97,10 @@ pub(crate) fn readlinkat(guard: &mut Guard, args: Args) -> SysResult {
         guard.memory().write(buffer, &target[..count])?;
         return Ok(count as u64);
     }
+    let text = path.strip_suffix(b"\0").unwrap_or(&path);
+    let request = |path: &str| format!("readlink({path})");
+    let mut path = guard.hold_path(dirfd, text, Last::NoFollow, Need::Look, &request)?;
+    path.push(0);
     forward(__NR_readlinkat, [dirfd, own(&path[..]), buffer, len, 0, 0])
 }
 
@@ -124,7 +137,10 @@ fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
 }
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
-    let [fd, request, argument, ..] = args;
+    let [mut fd, request, argument, ..] = args;
+    if request as u32 == FS_IOC_SETFLAGS {
+        fd = guard.hold_changed("FS_IOC_SETFLAGS", fd)?;
+    }
     let Some(kind) = ioctl_argument(request as u32) else {
         guard.count_missing(__NR_ioctl);
         return Err(Errno::ENOTTY);

@@ -9,6 +9,7 @@ pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod ioctl;
 pub(crate) mod memory;
+pub(crate) mod paths;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;
@@ -45,6 +46,29 @@ pub enum Answer {
 
 /// The guard's copies of the strings of one call.
 pub(crate) struct Strings([Box<[u8; PATH_MAX]>; 2]);
+
+impl Strings {
+    /// The string that was copied into one of the buffers, without its zero.
+    pub(crate) fn text(&self, which: usize) -> Option<&[u8]> {
+        let buffer = self.0.get(which)?;
+        let len = buffer.iter().position(|&byte| byte == 0)?;
+        Some(&buffer[..len])
+    }
+
+    /// Puts another string in its place; its address stays.
+    ///
+    /// # Errors
+    ///
+    /// `ENAMETOOLONG` if it does not fit.
+    pub(crate) fn set_text(&mut self, which: usize, text: &[u8]) -> Result<(), Errno> {
+        let buffer = self.0.get_mut(which).ok_or(Errno::EINVAL)?;
+        let place = buffer.get_mut(..=text.len()).ok_or(Errno::ENAMETOOLONG)?;
+        let (place, zero) = place.split_at_mut(text.len());
+        place.copy_from_slice(text);
+        zero.fill(0);
+        Ok(())
+    }
+}
 
 impl Default for Strings {
     fn default() -> Self {
@@ -150,6 +174,7 @@ impl Guard {
                 }
             };
         }
+        self.hold_paths(call, &mut checked)?;
         Ok(CheckedArgs(checked))
     }
 

@@ -24,8 +24,13 @@ pub mod files;
 pub mod kernel;
 
 use core::fmt;
+use std::time::Duration;
 
-use crate::policy::{Net, Rules};
+use linux_raw_sys::general::{__NR_prlimit64, RLIMIT_CPU};
+
+use crate::calls::{forward_always, own, own_mut};
+use crate::host::Errno;
+use crate::policy::{Net, Policy, Rules};
 use kernel::Kernel;
 
 /// Something of a policy that this kernel cannot enforce; the guard alone does.
@@ -107,49 +112,55 @@ pub enum ConfineError {
     /// Seccomp refused.
     #[error("seccomp refused the filter: {0}; --no-second-wall runs without it")]
     Seccomp(String),
+    /// CPU time could not be limited.
+    #[error("cannot limit the CPU time: {0}")]
+    CpuTime(std::io::Error),
     /// Capabilities could not be given up.
     #[error("cannot give up capabilities: {0}; --no-second-wall runs without it")]
     Capabilities(std::io::Error),
 }
 
-/// What of `rules` the kernel cannot enforce.
+/// What of `policy` the kernel cannot enforce.
 #[must_use]
-pub fn gaps(rules: &Rules, kernel: &Kernel) -> Vec<Gap> {
-    let abi = kernel.landlock;
-    let needs_landlock = rules.files.is_some();
+pub fn gaps(policy: &Policy, kernel: &Kernel) -> Vec<Gap> {
+    if !policy.restricts() {
+        return Vec::new();
+    }
+    let (abi, net) = (kernel.landlock, policy.network());
+    let needs_landlock = policy.restricts_files();
     [
         (needs_landlock && abi == 0, Gap::Files),
         (!kernel.seccomp, Gap::Calls),
         (needs_landlock && (1..3).contains(&abi), Gap::Truncation),
-        (rules.strict && (1..6).contains(&abi), Gap::Signals),
+        (policy.is_strict() && (1..6).contains(&abi), Gap::Signals),
         (
-            rules.net == Net::None && (1..6).contains(&abi),
+            net == Net::None && (1..6).contains(&abi),
             Gap::AbstractSockets,
         ),
-        (rules.net == Net::Loopback, Gap::LoopbackOnly),
+        (net == Net::Loopback, Gap::LoopbackOnly),
     ]
     .into_iter()
     .filter_map(|(missing, gap)| missing.then_some(gap))
     .collect()
 }
 
-/// Builds the walls around this thread and all that it will make, and returns
-/// what they cannot hold. There is no way back.
+/// Builds the walls around this thread and all that it will make. There is no
+/// way back. `rules` are those of `policy`; what the walls cannot hold is told
+/// by [`gaps`].
 ///
 /// # Errors
 ///
 /// If a wall that must stand cannot be built; then some may stand.
-pub fn confine(rules: &Rules, wall: SecondWall) -> Result<Vec<Gap>, ConfineError> {
-    if wall == SecondWall::Off || !rules.restrict() {
-        return Ok(Vec::new());
+pub fn confine(policy: &Policy, rules: &Rules, wall: SecondWall) -> Result<(), ConfineError> {
+    if wall == SecondWall::Off || !policy.restricts() {
+        return Ok(());
     }
     let kernel = Kernel::this();
-    let gaps = gaps(rules, &kernel);
-    if rules.strict
-        && wall == SecondWall::Required
-        && let Some(gap) = gaps.iter().find(|gap| gap.is_a_wall())
-    {
-        return Err(ConfineError::Missing(*gap));
+    let missing = gaps(policy, &kernel)
+        .into_iter()
+        .find(|gap| gap.is_a_wall());
+    if let Some(gap) = missing.filter(|_| rules.strict && wall == SecondWall::Required) {
+        return Err(ConfineError::Missing(gap));
     }
     if rules.strict {
         capabilities::give_up().map_err(ConfineError::Capabilities)?;
@@ -161,23 +172,42 @@ pub fn confine(rules: &Rules, wall: SecondWall) -> Result<Vec<Gap>, ConfineError
     if kernel.seccomp {
         calls::restrict(rules)?;
     }
-    Ok(gaps)
+    Ok(())
+}
+
+/// Limits the CPU time of this process, to be inherited: `SIGXCPU` after
+/// `time`, `SIGKILL` a second later.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn limit_cpu_time(time: Duration) -> Result<(), ConfineError> {
+    let failed = |errno: Errno| ConfineError::CpuTime(errno.into());
+    let mut limit = [0_u64; 2];
+    let resource = u64::from(RLIMIT_CPU);
+    forward_always(__NR_prlimit64, [0, resource, 0, own_mut(&mut limit), 0, 0]).map_err(failed)?;
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    // A lower limit of whoever runs this stays.
+    let limit = [seconds.min(limit[1]), (seconds + 1).min(limit[1])];
+    forward_always(__NR_prlimit64, [0, resource, own(&limit), 0, 0, 0])
+        .map(drop)
+        .map_err(failed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Policy;
 
     #[test]
     fn gaps_are_what_a_kernel_lacks_for_a_policy() {
         let kernel = |landlock, seccomp| Kernel { landlock, seccomp };
-        let strict = Policy::new().strict().rules(&[]).unwrap();
+        let strict = Policy::new().strict();
         assert_eq!(gaps(&strict, &kernel(6, true)), []);
         assert_eq!(gaps(&strict, &kernel(0, false)), [Gap::Files, Gap::Calls]);
         let old = [Gap::Truncation, Gap::Signals, Gap::AbstractSockets];
         assert_eq!(gaps(&strict, &kernel(2, true)), old);
-        let lo = Policy::new().net(Net::Loopback).rules(&[]).unwrap();
+        let lo = Policy::new().net(Net::Loopback);
         assert_eq!(gaps(&lo, &kernel(7, true)), [Gap::LoopbackOnly]);
+        assert_eq!(gaps(&Policy::new(), &kernel(0, false)), []);
     }
 }

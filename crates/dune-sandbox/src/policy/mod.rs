@@ -12,8 +12,8 @@
 //! | [`limits`] | how much is too much |
 //! | [`refusal`] | what is said of a refusal, and which rule would allow it |
 //!
-//! They are enforced twice: by the guard, when the program asks (`enforce`
-//! and the calls' own functions), and by the host kernel, which the process
+//! They are enforced twice: by the guard, when the program asks (`enforced`,
+//! [`uses`] and the calls' own functions), and by the host kernel, which the process
 //! has told to refuse everything else ([`crate::confine`]).
 //!
 //! # Defaults
@@ -27,6 +27,7 @@
 //!
 //! An option that gives more adds to any of them.
 
+pub(crate) mod enforced;
 pub mod files;
 pub mod limits;
 pub mod needed;
@@ -34,6 +35,7 @@ pub mod net;
 pub mod path;
 pub mod refusal;
 pub mod text;
+pub mod uses;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -226,6 +228,18 @@ impl Policy {
         mine.cpu_time = theirs.cpu_time.or(mine.cpu_time);
         mine.processes = theirs.processes.or(mine.processes);
         mine.timeout = theirs.timeout.or(mine.timeout);
+        self
+    }
+
+    /// With relative paths taken from the present working directory.
+    #[must_use]
+    pub fn from_here(mut self) -> Self {
+        for (path, _) in &mut self.files {
+            // Fails for an empty path only, and there is none.
+            if let Ok(absolute) = std::path::absolute(&*path) {
+                *path = absolute;
+            }
+        }
         self
     }
 
