@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use dune_sandbox::table::{self, Arg, Call, Handling, Size};
+use dune_sandbox::table::{self, Arg, Call, Flow, Handling, Shape, Size};
 use serde::Serialize;
 
 use crate::output;
@@ -102,7 +102,26 @@ fn describe(arg: &Arg) -> String {
         Arg::Out(size) => format!("out[{}]", describe_size(size)),
         Arg::InOut(size) => format!("inout[{}]", describe_size(size)),
         Arg::Pages(arg) => format!("pages[arg {arg}]"),
+        Arg::Copied(shape) => describe_shape(shape),
         Arg::Checked => "checked".to_owned(),
+    }
+}
+
+fn describe_shape(shape: &Shape) -> String {
+    let way = |flow: &Flow| match flow {
+        Flow::In => "in",
+        Flow::Out => "out",
+    };
+    match shape {
+        Shape::Path => "path".to_owned(),
+        Shape::Plain(size) => format!("copied[{}]", describe_size(size)),
+        Shape::Strings => "strings".to_owned(),
+        Shape::Vectors(arg, flow) => format!("{} iovec[arg {arg}]", way(flow)),
+        Shape::Address(arg) => format!("address[arg {arg}]"),
+        Shape::Message(flow) => format!("{} msghdr", way(flow)),
+        Shape::Messages(arg, flow) => format!("{} mmsghdr[arg {arg}]", way(flow)),
+        Shape::LengthOf(arg) => format!("length of arg {arg}"),
+        Shape::SignalSet => "signal set and size".to_owned(),
     }
 }
 

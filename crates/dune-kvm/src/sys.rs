@@ -158,6 +158,21 @@ pub unsafe fn ioctl(fd: i32, request: u64, argument: usize) -> Result<usize, Err
     }
 }
 
+/// As [`ioctl`], made again when a signal interrupts it: making a VM or a vCPU waits for locks
+/// and gives up when a signal is pending.
+///
+/// # Safety
+/// As [`ioctl`].
+pub unsafe fn ioctl_uninterrupted(fd: i32, request: u64, argument: usize) -> Result<usize, Errno> {
+    loop {
+        // SAFETY: forwarded to the caller.
+        match unsafe { ioctl(fd, request, argument) } {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
 /// Maps `length` bytes of private anonymous memory that is not reserved in advance.
 ///
 /// # Errors

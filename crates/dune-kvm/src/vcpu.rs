@@ -67,7 +67,7 @@ impl Vcpu {
     pub(crate) fn create(vm_fd: i32, id: u32, host: &Host) -> Result<Self, VmError> {
         let refused = |request| move |errno| VmError::Request { request, errno };
         // SAFETY: takes no pointer.
-        let fd = unsafe { sys::ioctl(vm_fd, ioctl::KVM_CREATE_VCPU, id as usize) }
+        let fd = unsafe { sys::ioctl_uninterrupted(vm_fd, ioctl::KVM_CREATE_VCPU, id as usize) }
             .map_err(refused("KVM_CREATE_VCPU"))?;
         let fd = move_up(fd as i32);
         const PROT_READ_WRITE: usize = 3;

@@ -85,7 +85,7 @@ impl Host {
         })?;
         // SAFETY: the list has room for as many entries as it says.
         unsafe {
-            sys::ioctl(
+            sys::ioctl_uninterrupted(
                 kvm_fd,
                 ioctl::KVM_GET_SUPPORTED_CPUID,
                 cpuid.as_mut_fam_struct_ptr() as usize,
@@ -105,12 +105,12 @@ impl Host {
         })?;
         // SAFETY: takes no pointer.
         let run_size =
-            unsafe { sys::ioctl(kvm_fd, ioctl::KVM_GET_VCPU_MMAP_SIZE, 0) }.map_err(|errno| {
-                VmError::Request {
+            unsafe { sys::ioctl_uninterrupted(kvm_fd, ioctl::KVM_GET_VCPU_MMAP_SIZE, 0) }.map_err(
+                |errno| VmError::Request {
                     request: "KVM_GET_VCPU_MMAP_SIZE",
                     errno,
-                }
-            })?;
+                },
+            )?;
         let mut host = Self {
             cpuid,
             xcr0: 0,
@@ -285,7 +285,7 @@ impl Vm {
         // SAFETY: the guest may reach this process's whole memory by design; what it may do
         // there is decided by the guest's own page tables.
         unsafe {
-            sys::ioctl(
+            sys::ioctl_uninterrupted(
                 self.vm_fd.load(Ordering::Relaxed),
                 ioctl::KVM_SET_USER_MEMORY_REGION,
                 &raw const region as usize,
@@ -398,16 +398,17 @@ fn open_device() -> Result<i32, Errno> {
 
 fn create_vm(kvm_fd: i32) -> Result<i32, VmError> {
     // SAFETY: takes no pointer.
-    let fd = unsafe { sys::ioctl(kvm_fd, ioctl::KVM_CREATE_VM, 0) }.map_err(|errno| {
-        VmError::Request {
-            request: "KVM_CREATE_VM",
-            errno,
-        }
-    })?;
+    let fd =
+        unsafe { sys::ioctl_uninterrupted(kvm_fd, ioctl::KVM_CREATE_VM, 0) }.map_err(|errno| {
+            VmError::Request {
+                request: "KVM_CREATE_VM",
+                errno,
+            }
+        })?;
     let fd = move_up(fd as i32);
     // Only CPUs without "unrestricted guest" need it, and other vendors' KVM may not know it.
     // SAFETY: an address in guest physical space, where no window is ever made.
-    let _ = unsafe { sys::ioctl(fd, ioctl::KVM_SET_TSS_ADDR, TSS_ADDRESS) };
+    let _ = unsafe { sys::ioctl_uninterrupted(fd, ioctl::KVM_SET_TSS_ADDR, TSS_ADDRESS) };
     Ok(fd)
 }
 

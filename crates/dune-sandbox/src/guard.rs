@@ -5,6 +5,7 @@
 //! memory, frames) is hostile until checked, and only what was checked is
 //! used: a value in the program's memory is read once, into the guard's.
 
+use core::cell::RefCell;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -66,7 +67,7 @@ pub struct Guard {
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
     /// What the call in hand holds, until it is done.
-    pub(crate) pins: Vec<Pin>,
+    pub(crate) pins: RefCell<Vec<Pin>>,
     /// Set when the engine failed inside a call.
     broken: Option<EngineError>,
 }
@@ -99,7 +100,7 @@ impl Guard {
             engine,
             signals,
             strings: Strings::default(),
-            pins: Vec::new(),
+            pins: RefCell::default(),
             broken: None,
         }
     }
@@ -203,7 +204,7 @@ impl Guard {
             return Resume::Continue;
         };
         let answer = self.dispatch(call, user, args);
-        self.pins.clear();
+        self.pins.get_mut().clear();
         let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,

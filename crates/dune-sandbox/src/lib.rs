@@ -28,8 +28,11 @@
 //!
 //! - Confinement of the host side (Landlock, seccomp): a program has the
 //!   rights of whoever runs it over files and processes.
-//! - Threads and processes: `clone`, `fork` and `vfork` give `ENOSYS`, as do
-//!   sockets. `execve` works.
+//! - Threads and processes: `clone`, `fork` and `vfork` give `ENOSYS`.
+//!   `execve` works.
+//! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
+//!   `vmsplice`, and sockets of other families than unix, inet and (for
+//!   questions about interfaces and routes) netlink.
 //! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 

@@ -11,6 +11,11 @@
     reason = "attacks are made of raw calls, instructions and pointers"
 )]
 
+#[path = "attack_parts/shapes.rs"]
+mod shapes;
+#[path = "attack_parts/sockets.rs"]
+mod sockets;
+
 use std::arch::asm;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, Stdio};
@@ -66,6 +71,17 @@ fn attacks() -> Vec<(&'static str, Attack, Expected)> {
         ),
         ("pointers_of_emulated_calls", emulated_pointers, Refused),
         ("nested_pointers", nested_pointers, Refused),
+        ("structures_of_the_table", shapes::structures, Refused),
+        ("pointers_of_socket_calls", sockets::pointers, Refused),
+        ("pointers_of_messages", sockets::messages, Refused),
+        ("options_of_sockets", sockets::options, Refused),
+        (
+            "sending_the_guards_descriptors",
+            sockets::descriptors,
+            Refused,
+        ),
+        ("kinds_of_sockets", sockets::kinds, Refused),
+        ("messages_that_change", sockets::changing_message, Refused),
         ("mapping_over_the_guard", mapping, Refused),
         ("descriptors_of_the_guard", descriptors, Refused),
         ("files_of_proc", proc_files, Refused),

@@ -1418,6 +1418,29 @@ fn stop_and_continue() {
     assert_eq!(wait(pid), Ended::Exited(42));
 }
 
+fn a_child_may_be_stopped_while_it_gets_its_vm() {
+    enter();
+    for round in 0..60 {
+        let pid = fork(|| {
+            loop {
+                unsafe { libc::pause() };
+            }
+        });
+        // A signal that is pending makes KVM give up the making of a VM: meet that moment.
+        thread::sleep(Duration::from_micros(200 * (round % 30)));
+        for _ in 0..2 {
+            kill(pid, libc::SIGSTOP);
+            assert_eq!(
+                wait_with(pid, libc::WUNTRACED),
+                Ended::Stopped(libc::SIGSTOP)
+            );
+            kill(pid, libc::SIGCONT);
+        }
+        kill(pid, libc::SIGTERM);
+        assert_eq!(wait(pid), Ended::Killed(libc::SIGTERM));
+    }
+}
+
 #[expect(unconditional_recursion, reason = "overflows the stack on purpose")]
 fn overflow(n: u64) -> u64 {
     let local = std::hint::black_box([n; 100]);
@@ -1508,6 +1531,7 @@ dune_testing::tests! {
     ring0 one_shot_handlers_of_faults_in_a_storm,
     ring0 protection_changes_under_running_threads,
     ring0 stop_and_continue,
+    ring0 a_child_may_be_stopped_while_it_gets_its_vm,
     ring0 the_standard_librarys_message_on_stack_overflow,
     ring0 a_signal_on_the_way_out_is_delivered,
     ring0 timers_of_the_process_work,

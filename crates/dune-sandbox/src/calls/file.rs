@@ -5,10 +5,10 @@ use linux_raw_sys::general::{
     __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev, AT_FDCWD,
     O_CREAT, O_TRUNC, O_WRONLY,
 };
-use linux_raw_sys::ioctl::FS_IOC_SETFLAGS;
+use linux_raw_sys::ioctl::{FS_IOC_SETFLAGS, SIOCGIFCONF};
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
-use crate::calls::{fd, forward, own, procfs, user_pointer};
+use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::policy::Need;
@@ -138,8 +138,10 @@ fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
     let [mut fd, request, argument, ..] = args;
-    if request as u32 == FS_IOC_SETFLAGS {
-        fd = guard.hold_changed("FS_IOC_SETFLAGS", fd)?;
+    match request as u32 {
+        SIOCGIFCONF => return net::list_interfaces(guard, fd, argument),
+        FS_IOC_SETFLAGS => fd = guard.hold_changed("FS_IOC_SETFLAGS", fd)?,
+        _ => {}
     }
     let Some(kind) = ioctl_argument(request as u32) else {
         guard.count_missing(__NR_ioctl);

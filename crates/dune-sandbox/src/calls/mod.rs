@@ -9,11 +9,16 @@ pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod ioctl;
 pub(crate) mod memory;
+pub(crate) mod message;
+pub(crate) mod net;
+pub(crate) mod net_policy;
 pub(crate) mod paths;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;
+pub(crate) mod sockopt;
 pub(crate) mod time;
+pub(crate) mod timer;
 
 use core::fmt;
 use std::os::fd::RawFd;
@@ -157,7 +162,7 @@ impl Guard {
         for (index, kind) in call.args.iter().enumerate() {
             let value = args[index];
             checked[index] = match *kind {
-                Arg::Value | Arg::Checked => value,
+                Arg::Value | Arg::Copied(_) | Arg::Checked => value,
                 Arg::Fd => self.user_fd(value)?,
                 Arg::In(size) | Arg::Out(size) | Arg::InOut(size) => {
                     user_pointer(value, byte_count(size, &args)?)?

@@ -288,7 +288,7 @@ impl Guard {
     }
 
     fn hold_open(
-        &mut self,
+        &self,
         program: &Arc<Program>,
         folder: u64,
         path: &[u8],
@@ -327,7 +327,7 @@ impl Guard {
     /// `O_CREAT`: the file if there is one, otherwise its place in the folder,
     /// which a dangling link may tell.
     fn hold_created(
-        &mut self,
+        &self,
         program: &Arc<Program>,
         mut folder: u64,
         path: &[u8],
@@ -360,7 +360,7 @@ impl Guard {
             match read_link(parent.fd as u64, name) {
                 Some(target) if !no_follow => {
                     folder = parent.fd as u64;
-                    self.pins.push(parent);
+                    self.pins.borrow_mut().push(parent);
                     path = target;
                 }
                 _ => {
@@ -371,7 +371,7 @@ impl Guard {
                         entry.push(b'/');
                     }
                     let folder = parent.fd as u64;
-                    self.pins.push(parent);
+                    self.pins.borrow_mut().push(parent);
                     return self.hold(program, folder, &entry, Last::Entry, Need::Entries, request);
                 }
             }
@@ -386,7 +386,7 @@ impl Guard {
     ///
     /// As [`Guard::hold_paths`].
     pub(crate) fn hold_path(
-        &mut self,
+        &self,
         folder: u64,
         path: &[u8],
         last: Last,
@@ -421,7 +421,7 @@ impl Guard {
     }
 
     fn hold(
-        &mut self,
+        &self,
         program: &Arc<Program>,
         folder: u64,
         path: &[u8],
@@ -448,7 +448,7 @@ impl Guard {
             }
             // That a slash demands a folder, the kernel has seen to by now.
             let held = pin.path(b"");
-            self.pins.push(pin);
+            self.pins.borrow_mut().push(pin);
             return Ok(held);
         }
         if name.len() > NAME_MAX {
@@ -468,13 +468,13 @@ impl Guard {
             rest.push(b'/');
         }
         let held = pin.path(&rest);
-        self.pins.push(pin);
+        self.pins.borrow_mut().push(pin);
         Ok(held)
     }
 
     /// Holds the file of a descriptor that a call will change.
     fn hold_descriptor(
-        &mut self,
+        &self,
         program: &Arc<Program>,
         call: &str,
         fd: u64,
@@ -485,7 +485,7 @@ impl Guard {
             decide(program, &path, Need::Write, b"", &request)?;
         }
         let held = pin.fd as u64;
-        self.pins.push(pin);
+        self.pins.borrow_mut().push(pin);
         Ok(held)
     }
 
@@ -494,7 +494,7 @@ impl Guard {
     /// # Errors
     ///
     /// `EACCES`, or what the kernel says of the descriptor.
-    pub(crate) fn hold_changed(&mut self, call: &str, fd: u64) -> Result<u64, Errno> {
+    pub(crate) fn hold_changed(&self, call: &str, fd: u64) -> Result<u64, Errno> {
         match self.file_rules() {
             Some(program) => self.hold_descriptor(&program, call, fd),
             None => Ok(fd),

@@ -68,9 +68,48 @@ pub enum Arg {
     /// Pages, whose number of bytes is in another argument: must be the
     /// program's (`ENOMEM`).
     Pages(u8),
+    /// Something that the call's own function copies, and whose copy alone it
+    /// checks and uses.
+    Copied(Shape),
     /// Several of the kinds above by turns, depending on another argument:
     /// the call's own function checks it.
     Checked,
+}
+
+/// What lies at a pointer that the call's own function follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A path.
+    Path,
+    /// A structure of so many bytes without a pointer.
+    Plain(Size),
+    /// A null-terminated vector of pointers to strings.
+    Strings,
+    /// As many `struct iovec` as another argument says, each with memory that
+    /// the kernel accesses so.
+    Vectors(u8, Flow),
+    /// A socket address of as many bytes as another argument says, at most
+    /// 128.
+    Address(u8),
+    /// A `struct msghdr`: an address, vectors of memory that the kernel
+    /// accesses so, and control messages.
+    Message(Flow),
+    /// As many `struct mmsghdr` as another argument says.
+    Messages(u8, Flow),
+    /// A 32-bit length, which the kernel updates, of the memory at another
+    /// argument.
+    LengthOf(u8),
+    /// A pointer to a signal set, and the set's size.
+    SignalSet,
+}
+
+/// How the kernel accesses memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// It reads it.
+    In,
+    /// It writes it.
+    Out,
 }
 
 /// What becomes of a call that a signal interrupts.
@@ -190,21 +229,34 @@ mod tests {
         for call in calls() {
             assert!(call.args.len() <= 6, "{}", call.name);
             for arg in call.args {
-                let (Arg::In(size) | Arg::Out(size) | Arg::InOut(size)) = arg else {
-                    continue;
-                };
-                let (Size::Arg(other)
-                | Size::Arg32(other)
-                | Size::Items(other, _)
-                | Size::Bits(other)
-                | Size::BytePerPage(other)) = size
-                else {
-                    continue;
+                let other = match arg {
+                    Arg::In(size)
+                    | Arg::Out(size)
+                    | Arg::InOut(size)
+                    | Arg::Copied(Shape::Plain(size)) => match size {
+                        Size::Bytes(_) => continue,
+                        Size::Arg(other)
+                        | Size::Arg32(other)
+                        | Size::Items(other, _)
+                        | Size::Bits(other)
+                        | Size::BytePerPage(other) => other,
+                    },
+                    Arg::Copied(
+                        Shape::Vectors(other, _)
+                        | Shape::Address(other)
+                        | Shape::Messages(other, _),
+                    ) => other,
+                    Arg::Copied(Shape::LengthOf(other)) => {
+                        assert_eq!(call.args[*other as usize], Arg::Checked, "{}", call.name);
+                        continue;
+                    }
+                    _ => continue,
                 };
                 assert_eq!(call.args[*other as usize], Arg::Value, "{}", call.name);
             }
             let refuses = matches!(call.handling, Handling::Refused(_) | Handling::Missing);
-            let checked = call.args.contains(&Arg::Checked);
+            let checked =
+                (call.args.iter()).any(|arg| matches!(arg, Arg::Checked | Arg::Copied(_)));
             assert!(
                 !checked || matches!(call.handling, Handling::Emulated(_) | Handling::Control(_)),
                 "{}: nobody checks its arguments",

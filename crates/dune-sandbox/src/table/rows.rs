@@ -6,11 +6,12 @@
 
 use linux_raw_sys::general::*;
 
-use super::Arg::{Checked, Fd, In, InOut, Out, Pages, Path, Text, Value};
+use super::Arg::{Checked, Copied, Fd, In, InOut, Out, Pages, Path, Text, Value};
 use super::Handling::{Control, Emulated, Forwarded, Missing, Refused};
+use super::Shape::{Address, LengthOf, Message, Messages, Plain, SignalSet, Strings, Vectors};
 use super::Size::{Arg as Len, Arg32 as Len32, Bits, BytePerPage, Bytes, Items};
-use super::{Call, Restart};
-use crate::calls::{file, memory, process, signal, time};
+use super::{Call, Flow, Restart, Shape};
+use crate::calls::{file, memory, message, net, process, signal, sockopt, time, timer};
 use crate::host::Errno;
 
 macro_rules! call {
@@ -37,7 +38,11 @@ macro_rules! call_no_restart {
 pub(super) const CALLS: &[Call] = &[
     call!(__NR_read, Forwarded, [Fd, Out(Len(2)), Value]),
     call!(__NR_write, Forwarded, [Fd, In(Len(2)), Value]),
-    call!(__NR_open, Emulated(file::open), [Checked, Value, Value]),
+    call!(
+        __NR_open,
+        Emulated(file::open),
+        [Copied(Shape::Path), Value, Value]
+    ),
     call!(__NR_close, Forwarded, [Fd]),
     call!(__NR_stat, Forwarded, [Path, Out(Bytes(144))]),
     call!(__NR_fstat, Forwarded, [Fd, Out(Bytes(144))]),
@@ -70,8 +75,16 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_ioctl, Emulated(file::ioctl), [Fd, Value, Checked]),
     call!(__NR_pread64, Forwarded, [Fd, Out(Len(2)), Value, Value]),
     call!(__NR_pwrite64, Forwarded, [Fd, In(Len(2)), Value, Value]),
-    call!(__NR_readv, Emulated(file::readv), [Fd, Checked, Value]),
-    call!(__NR_writev, Emulated(file::writev), [Fd, Checked, Value]),
+    call!(
+        __NR_readv,
+        Emulated(file::readv),
+        [Fd, Copied(Vectors(2, Flow::Out)), Value]
+    ),
+    call!(
+        __NR_writev,
+        Emulated(file::writev),
+        [Fd, Copied(Vectors(2, Flow::In)), Value]
+    ),
     call!(__NR_access, Forwarded, [Path, Value]),
     call!(__NR_pipe, Forwarded, [Out(Bytes(8))]),
     call_no_restart!(
@@ -118,16 +131,51 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(__NR_getpid, Forwarded, []),
     call!(__NR_sendfile, Forwarded, [Fd, Fd, InOut(Bytes(8)), Value]),
-    call!(__NR_socket, Refused(Errno::EAFNOSUPPORT), []),
-    call!(__NR_connect, Missing, []),
-    call!(__NR_accept, Missing, []),
-    call!(__NR_sendto, Missing, []),
-    call!(__NR_recvfrom, Missing, []),
-    call!(__NR_sendmsg, Missing, []),
-    call!(__NR_recvmsg, Missing, []),
+    call!(__NR_socket, Emulated(net::socket), [Value, Value, Value]),
+    call!(
+        __NR_connect,
+        Emulated(net::connect),
+        [Fd, Copied(Address(2)), Value]
+    ),
+    call!(
+        __NR_accept,
+        Forwarded,
+        [Fd, Out(Bytes(128)), InOut(Bytes(4))]
+    ),
+    call!(
+        __NR_sendto,
+        Emulated(net::sendto),
+        [Fd, In(Len(2)), Value, Value, Copied(Address(5)), Value]
+    ),
+    call!(
+        __NR_recvfrom,
+        Forwarded,
+        [
+            Fd,
+            Out(Len(2)),
+            Value,
+            Value,
+            Out(Bytes(128)),
+            InOut(Bytes(4))
+        ]
+    ),
+    call!(
+        __NR_sendmsg,
+        Emulated(message::sendmsg),
+        [Fd, Copied(Message(Flow::In)), Value]
+    ),
+    call!(
+        __NR_recvmsg,
+        Emulated(message::recvmsg),
+        [Fd, Copied(Message(Flow::Out)), Value]
+    ),
     call!(__NR_shutdown, Forwarded, [Fd, Value]),
-    call!(__NR_bind, Missing, []),
-    call!(__NR_listen, Missing, []),
+    call!(
+        __NR_bind,
+        Emulated(net::bind),
+        [Fd, Copied(Address(2)), Value]
+    ),
+    call!(__NR_listen, Emulated(net::listen), [Fd, Value]),
     call!(
         __NR_getsockname,
         Forwarded,
@@ -138,16 +186,28 @@ pub(super) const CALLS: &[Call] = &[
         Forwarded,
         [Fd, Out(Bytes(128)), InOut(Bytes(4))]
     ),
-    call!(__NR_socketpair, Missing, []),
-    call!(__NR_setsockopt, Missing, []),
-    call!(__NR_getsockopt, Missing, []),
+    call!(
+        __NR_socketpair,
+        Emulated(net::socketpair),
+        [Value, Value, Value, Out(Bytes(8))]
+    ),
+    call!(
+        __NR_setsockopt,
+        Emulated(sockopt::setsockopt),
+        [Fd, Value, Value, In(Len32(4)), Value]
+    ),
+    call!(
+        __NR_getsockopt,
+        Emulated(sockopt::getsockopt),
+        [Fd, Value, Value, Checked, Copied(LengthOf(3))]
+    ),
     call!(__NR_clone, Missing, []),
     call!(__NR_fork, Missing, []),
     call!(__NR_vfork, Missing, []),
     call!(
         __NR_execve,
         Control(process::execve),
-        [Checked, Checked, Checked]
+        [Copied(Shape::Path), Copied(Strings), Copied(Strings)]
     ),
     call!(__NR_exit, Control(process::exit), [Value]),
     call!(
@@ -182,14 +242,18 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_rename, Forwarded, [Path, Path]),
     call!(__NR_mkdir, Forwarded, [Path, Value]),
     call!(__NR_rmdir, Forwarded, [Path]),
-    call!(__NR_creat, Emulated(file::creat), [Checked, Value]),
+    call!(
+        __NR_creat,
+        Emulated(file::creat),
+        [Copied(Shape::Path), Value]
+    ),
     call!(__NR_link, Forwarded, [Path, Path]),
     call!(__NR_unlink, Forwarded, [Path]),
     call!(__NR_symlink, Forwarded, [Text, Path]),
     call!(
         __NR_readlink,
         Emulated(file::readlink),
-        [Checked, Out(Len32(2)), Value]
+        [Copied(Shape::Path), Out(Len32(2)), Value]
     ),
     call!(__NR_chmod, Forwarded, [Path, Value]),
     call!(__NR_fchmod, Forwarded, [Fd, Value]),
@@ -405,8 +469,8 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_fadvise64, Forwarded, [Fd, Value, Value, Value]),
     call!(
         __NR_timer_create,
-        Forwarded,
-        [Value, In(Bytes(64)), Out(Bytes(4))]
+        Emulated(timer::timer_create),
+        [Value, Copied(Plain(Bytes(64))), Out(Bytes(4))]
     ),
     call!(
         __NR_timer_settime,
@@ -452,8 +516,8 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_add_key, Refused(Errno::ENOSYS), []),
     call!(__NR_request_key, Refused(Errno::ENOSYS), []),
     call!(__NR_keyctl, Refused(Errno::ENOSYS), []),
-    call!(__NR_ioprio_set, Refused(Errno::ENOSYS), []),
-    call!(__NR_ioprio_get, Refused(Errno::ENOSYS), []),
+    call!(__NR_ioprio_set, Forwarded, [Value, Value, Value]),
+    call!(__NR_ioprio_get, Forwarded, [Value, Value]),
     call!(__NR_inotify_init, Forwarded, []),
     call!(__NR_inotify_add_watch, Forwarded, [Fd, Path, Value]),
     call!(__NR_inotify_rm_watch, Forwarded, [Fd, Value]),
@@ -461,7 +525,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_openat,
         Emulated(file::openat),
-        [Fd, Checked, Value, Value]
+        [Fd, Copied(Shape::Path), Value, Value]
     ),
     call!(__NR_mkdirat, Forwarded, [Fd, Path, Value]),
     call!(__NR_mknodat, Forwarded, [Fd, Path, Value, Value]),
@@ -479,7 +543,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_readlinkat,
         Emulated(file::readlinkat),
-        [Fd, Checked, Out(Len32(3)), Value]
+        [Fd, Copied(Shape::Path), Out(Len32(3)), Value]
     ),
     call!(__NR_fchmodat, Forwarded, [Fd, Path, Value]),
     call!(__NR_faccessat, Forwarded, [Fd, Path, Value]),
@@ -492,7 +556,7 @@ pub(super) const CALLS: &[Call] = &[
             InOut(Bits(0)),
             InOut(Bits(0)),
             InOut(Bytes(16)),
-            Checked
+            Copied(SignalSet)
         ]
     ),
     call_no_restart!(
@@ -542,7 +606,11 @@ pub(super) const CALLS: &[Call] = &[
         [Fd, Value, In(Bytes(32)), Out(Bytes(32))]
     ),
     call!(__NR_timerfd_gettime, Forwarded, [Fd, Out(Bytes(32))]),
-    call!(__NR_accept4, Missing, []),
+    call!(
+        __NR_accept4,
+        Forwarded,
+        [Fd, Out(Bytes(128)), InOut(Bytes(4)), Value]
+    ),
     call!(__NR_signalfd4, Forwarded, [Fd, In(Bytes(8)), Value, Value]),
     call!(__NR_eventfd2, Forwarded, [Value, Value]),
     call!(__NR_epoll_create1, Forwarded, [Value]),
@@ -552,12 +620,12 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_preadv,
         Emulated(file::preadv),
-        [Fd, Checked, Value, Value, Value]
+        [Fd, Copied(Vectors(2, Flow::Out)), Value, Value, Value]
     ),
     call!(
         __NR_pwritev,
         Emulated(file::pwritev),
-        [Fd, Checked, Value, Value, Value]
+        [Fd, Copied(Vectors(2, Flow::In)), Value, Value, Value]
     ),
     call!(
         __NR_rt_tgsigqueueinfo,
@@ -565,7 +633,17 @@ pub(super) const CALLS: &[Call] = &[
         [Value, Value, Value, In(Bytes(128))]
     ),
     call!(__NR_perf_event_open, Refused(Errno::ENOSYS), []),
-    call!(__NR_recvmmsg, Missing, []),
+    call!(
+        __NR_recvmmsg,
+        Emulated(message::recvmmsg),
+        [
+            Fd,
+            Copied(Messages(2, Flow::Out)),
+            Value,
+            Value,
+            InOut(Bytes(16))
+        ]
+    ),
     call!(__NR_fanotify_init, Refused(Errno::ENOSYS), []),
     call!(__NR_fanotify_mark, Refused(Errno::ENOSYS), []),
     call!(
@@ -577,7 +655,11 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_open_by_handle_at, Refused(Errno::EPERM), []),
     call!(__NR_clock_adjtime, Refused(Errno::EPERM), []),
     call!(__NR_syncfs, Forwarded, [Fd]),
-    call!(__NR_sendmmsg, Missing, []),
+    call!(
+        __NR_sendmmsg,
+        Emulated(message::sendmmsg),
+        [Fd, Copied(Messages(2, Flow::In)), Value, Value]
+    ),
     call!(__NR_setns, Refused(Errno::EPERM), []),
     call!(__NR_getcpu, Forwarded, [Out(Bytes(4)), Out(Bytes(4))]),
     call!(__NR_process_vm_readv, Refused(Errno::ENOSYS), []),
@@ -599,7 +681,13 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_execveat,
         Control(process::execveat),
-        [Fd, Checked, Checked, Checked, Value]
+        [
+            Fd,
+            Copied(Shape::Path),
+            Copied(Strings),
+            Copied(Strings),
+            Value
+        ]
     ),
     call!(__NR_userfaultfd, Refused(Errno::ENOSYS), []),
     call!(__NR_membarrier, Refused(Errno::ENOSYS), []),
@@ -612,12 +700,19 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_preadv2,
         Emulated(file::preadv2),
-        [Fd, Checked, Value, Value, Value, Value]
+        [
+            Fd,
+            Copied(Vectors(2, Flow::Out)),
+            Value,
+            Value,
+            Value,
+            Value
+        ]
     ),
     call!(
         __NR_pwritev2,
         Emulated(file::pwritev2),
-        [Fd, Checked, Value, Value, Value, Value]
+        [Fd, Copied(Vectors(2, Flow::In)), Value, Value, Value, Value]
     ),
     call!(__NR_pkey_mprotect, Refused(Errno::ENOSYS), []),
     call!(__NR_pkey_alloc, Refused(Errno::ENOSYS), []),
@@ -654,7 +749,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(
         __NR_openat2,
         Emulated(file::openat2),
-        [Fd, Checked, Checked, Value]
+        [Fd, Copied(Shape::Path), Copied(Plain(Len(3))), Value]
     ),
     call!(__NR_pidfd_getfd, Refused(Errno::EPERM), []),
     call!(__NR_faccessat2, Forwarded, [Fd, Path, Value, Value]),

@@ -439,6 +439,36 @@ fn interpreters() -> Vec<Case> {
             "import select,os; r,w=os.pipe(); print(select.select([r],[w],[],0.1)[1]==[w]); p=select.poll(); p.register(r); print(p.poll(50))",
         ),
         code(
+            "python_sockets",
+            python,
+            "import socket\nfor f,a in [(socket.AF_INET,('127.0.0.1',0)),(socket.AF_INET6,('::1',0)),(socket.AF_UNIX,'')]:\n  s=socket.socket(f); s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1); s.bind(a); s.listen(); c=socket.socket(f); c.connect(s.getsockname()); d,_=s.accept(); c.sendall(b'x'*50000); c.shutdown(socket.SHUT_WR)\n  n=0\n  while b:=d.recv(4096): n+=len(b)\n  print(f, n, c.getpeername()==s.getsockname(), d.getsockopt(socket.SOL_SOCKET,socket.SO_TYPE))",
+        ),
+        code(
+            "python_messages",
+            python,
+            "import socket,array,os,struct\na,b=socket.socketpair(socket.AF_UNIX,socket.SOCK_DGRAM)\nb.setsockopt(socket.SOL_SOCKET,socket.SO_PASSCRED,1)\nf=os.open('numbers',os.O_RDONLY)\na.sendmsg([b'one',b'two'],[(socket.SOL_SOCKET,socket.SCM_RIGHTS,array.array('i',[f]))])\nd,anc,fl,ad=b.recvmsg(100,200)\nprint(d,fl,ad)\nfor l,t,v in anc:\n  if t==socket.SCM_RIGHTS: print(os.read(struct.unpack('i',v)[0],8))\n  else: print(struct.unpack('3i',v)[0]==os.getpid())\nx,y=bytearray(2),bytearray(9)\na.send(b'hello'); print(b.recvmsg_into([x,y])[0],x,y)\na.send(b'0123456789'); print(b.recvmsg(4)[2]==socket.MSG_TRUNC)\nu=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); u.bind(('127.0.0.1',0)); u.sendto(b'self',u.getsockname()); print(u.recvfrom(9)[0])",
+        ),
+        code(
+            "python_selectors",
+            python,
+            "import selectors,socket\nfor kind in (selectors.EpollSelector,selectors.PollSelector,selectors.SelectSelector):\n  s=kind(); a,b=socket.socketpair(); a.setblocking(False)\n  s.register(a,selectors.EVENT_READ,'a'); print(s.select(0)); b.send(b'x'); print([k.data for k,_ in s.select(5)]); s.close()",
+        ),
+        code(
+            "python_lookups",
+            python,
+            "import socket\nprint(sorted(socket.if_nameindex())[:1], socket.getaddrinfo('127.0.0.1',80,type=socket.SOCK_STREAM), socket.gethostbyname('localhost'), socket.if_nametoindex('lo'), socket.if_indextoname(1))",
+        ),
+        code(
+            "python_server",
+            python,
+            "import socketserver,socket\nclass H(socketserver.StreamRequestHandler):\n  def handle(self): self.wfile.write(self.rfile.readline().upper())\nwith socketserver.TCPServer(('127.0.0.1',0),H) as s:\n  for i in range(5):\n    c=socket.create_connection(s.server_address); c.sendall(b'line %d\\n' % i); s.handle_request(); print(c.makefile().read())",
+        ),
+        code(
+            "python_timers",
+            python,
+            "import os,select,time,struct,ctypes,signal\nl=ctypes.CDLL(None,use_errno=True)\nf=l.timerfd_create(1,0); l.timerfd_settime(f,0,struct.pack('4q',0,10**7,0,10**7),None)\nprint(len(os.read(f,8)))\ne=l.eventfd(3,0); print(struct.unpack('Q',os.read(e,8)))\nt=ctypes.c_void_p(); n=[0]\nsignal.signal(signal.SIGUSR1,lambda *a: n.__setitem__(0,n[0]+1))\nprint(l.timer_create(1,struct.pack('Qiiii40x',7,signal.SIGUSR1,0,0,0),ctypes.byref(t)), l.timer_settime(t,0,struct.pack('4q',0,0,0,10**7),None)); time.sleep(.2); print(n)",
+        ),
+        code(
             "python_faulthandler",
             python,
             "import faulthandler,ctypes; faulthandler.enable(); ctypes.string_at(8)",

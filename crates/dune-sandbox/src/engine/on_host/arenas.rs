@@ -241,7 +241,7 @@ impl Memory {
         let request = ioctl::KVM_SET_USER_MEMORY_REGION;
         // SAFETY: arenas belong to this value and windows cover user space
         // only, which the guard treats as memory that anyone may change.
-        unsafe { sys::ioctl(self.vm, request, &raw const region as usize) }.map(drop)
+        unsafe { sys::ioctl_uninterrupted(self.vm, request, &raw const region as usize) }.map(drop)
     }
 }
 

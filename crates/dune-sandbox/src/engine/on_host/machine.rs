@@ -513,7 +513,7 @@ fn plain(
     argument: usize,
 ) -> Result<usize, EngineError> {
     // SAFETY: the requests made here take no pointer.
-    unsafe { sys::ioctl(fd, request, argument) }.map_err(|errno| EngineError::Kvm {
+    unsafe { sys::ioctl_uninterrupted(fd, request, argument) }.map_err(|errno| EngineError::Kvm {
         what,
         source: errno.to_io(),
     })

@@ -1,0 +1,34 @@
+//! POSIX timers: whom they signal.
+
+use linux_raw_sys::general::__NR_timer_create;
+
+use crate::calls::{forward, own};
+use crate::guard::Guard;
+use crate::host::{Errno, SysResult};
+use crate::table::Args;
+
+/// Of the 64 bytes of `struct sigevent` the kernel looks at value, signal,
+/// kind and, for `SIGEV_THREAD_ID`, the thread, which must be one of the
+/// program's: a timer must not interrupt a thread of the guard.
+pub(crate) fn timer_create(guard: &mut Guard, args: Args) -> SysResult {
+    const SIGEV_THREAD_ID: u32 = 4;
+    /// `sigev_notify` and `sigev_notify_thread_id`, in 32-bit words.
+    const NOTIFY: usize = 3;
+    const THREAD: usize = 4;
+    let [clock, event, id, ..] = args;
+    if event == 0 {
+        return forward(__NR_timer_create, [clock, 0, id, 0, 0, 0]);
+    }
+    let event: [u32; 16] = guard.memory().read_value(event)?;
+    if event[NOTIFY] & SIGEV_THREAD_ID != 0 && !guard.is_thread_of_the_program(event[THREAD]) {
+        return Err(Errno::EINVAL);
+    }
+    forward(__NR_timer_create, [clock, own(&event), id, 0, 0, 0])
+}
+
+impl Guard {
+    /// Whether `tid` is a thread that the program made, not one of the guard.
+    fn is_thread_of_the_program(&self, tid: u32) -> bool {
+        tid == self.pid()
+    }
+}
