@@ -37,7 +37,11 @@ impl Guard {
     pub(crate) fn may_make_socket(&self, family: u32, kind: u32) -> Result<(), Errno> {
         /// The type without `SOCK_NONBLOCK` and `SOCK_CLOEXEC`.
         const TYPE: u32 = 0xf;
-        let decided = self.program.policy().net().decide_socket(family, kind & TYPE);
+        let decided = self
+            .program
+            .policy()
+            .net()
+            .decide_socket(family, kind & TYPE);
         decided.map_err(|remedy| self.refuse(format!("socket({})", family_name(family)), remedy))
     }
 

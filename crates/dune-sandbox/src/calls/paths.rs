@@ -473,12 +473,7 @@ impl Guard {
     }
 
     /// Holds the file of a descriptor that a call will change.
-    fn hold_descriptor(
-        &self,
-        program: &Arc<Program>,
-        call: &str,
-        fd: u64,
-    ) -> Result<u64, Errno> {
+    fn hold_descriptor(&self, program: &Arc<Program>, call: &str, fd: u64) -> Result<u64, Errno> {
         let pin = Pin::of_descriptor(program, fd)?;
         if let Real::Path(path) = pin.real()? {
             let request = |path: &str| format!("{call}({path})");
