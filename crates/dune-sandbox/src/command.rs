@@ -44,6 +44,7 @@ pub struct Command {
     wall: SecondWall,
     own_checks: bool,
     explain: Option<Arc<File>>,
+    crash_report: Option<Arc<File>>,
 }
 
 /// What became of a program.
@@ -133,7 +134,20 @@ impl Command {
             wall: SecondWall::default(),
             own_checks: true,
             explain: None,
+            crash_report: None,
         }
+    }
+
+    /// Describes the program's death by a signal in `file`: registers and a
+    /// backtrace ([`crate::crash::Crash`]). The descriptor is hidden from the
+    /// program; see [`crate::host::move_fd_high`].
+    ///
+    /// A signal that somebody else sends, and that the program does not
+    /// handle, ends this process without it.
+    #[must_use]
+    pub fn crash_report_to(mut self, file: File) -> Self {
+        self.crash_report = Some(Arc::new(file));
+        self
     }
 
     /// Writes a line to `file` for each request that the policy refuses, as it
@@ -276,7 +290,8 @@ impl Command {
             confine::limit_cpu_time(time)?;
         }
         confine::confine(&policy, &rules, self.wall)?;
-        guard.set_policy(Enforced::new(rules, self.explain, self.own_checks));
+        let policy = Enforced::new(rules, self.explain, self.own_checks);
+        guard.configure(policy, self.crash_report);
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;
         let end = guard.run(&mut user)?;

@@ -6,11 +6,16 @@
 //! used: a value in the program's memory is read once, into the guard's.
 
 use core::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
+
 use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::crash::Crash;
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
@@ -20,7 +25,9 @@ use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
     signal_of_page_fault,
 };
-use crate::signal::{Dispositions, ThreadSignals, record};
+use crate::signal::{
+    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, default_action, record,
+};
 use crate::table::{self, Args, Call, Handling};
 use crate::user::UserMemory;
 use crate::vma::effective;
@@ -116,9 +123,32 @@ impl Guard {
             match self.on_trap(trap, user)? {
                 Resume::Continue => {}
                 Resume::Exit(status) => return Ok(End::Exit(status)),
-                Resume::Killed(signal) => return Ok(End::Killed(signal)),
+                Resume::Killed(signal) => {
+                    let address = match trap {
+                        Trap::PageFault { addr, .. } | Trap::HostFault { addr, .. } => Some(addr),
+                        Trap::Syscall | Trap::Exception { .. } | Trap::Interrupted => None,
+                    };
+                    self.report_crash(signal, address, user);
+                    return Ok(End::Killed(signal));
+                }
             }
         }
+    }
+
+    /// Says where the program is when it dies of a signal, if that was asked
+    /// for.
+    pub(crate) fn report_crash(&self, signal: u32, address: Option<u64>, user: &UserState) {
+        let Some(file) = self.program.crash_report() else {
+            return;
+        };
+        let crash = Crash::of(signal, address, user, self.memory());
+        let lines = crash.to_string();
+        let lines: String = lines
+            .lines()
+            .map(|line| format!("dune: {line}\n"))
+            .collect();
+        // There is nobody to tell that it cannot be written.
+        let _ = { file }.write_all(lines.as_bytes());
     }
 
     /// Handles one trap.
@@ -149,11 +179,14 @@ impl Guard {
         }
     }
 
-    /// Sets what the program may do. Only before it runs: nobody else may know
+    /// Sets what the program may do, and where its death is described. Only before it runs: nobody else may know
     /// of it yet.
-    pub(crate) fn set_policy(&mut self, policy: Enforced) {
+    pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
         if let Some(program) = Arc::get_mut(&mut self.program) {
             program.set_policy(policy);
+            if let Some(file) = crash_report {
+                program.set_crash_report(file);
+            }
         }
     }
 
@@ -225,6 +258,11 @@ impl Guard {
     }
 
     fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: Args) -> Answer {
+        if self.program.crash_report().is_some()
+            && let Some(signal) = self.kills_itself_by(call.nr, args)
+        {
+            self.report_crash(signal, None, user);
+        }
         match call.handling {
             Handling::Refused(errno) => Answer::Return(Err(errno)),
             Handling::Missing => {
@@ -241,6 +279,21 @@ impl Guard {
                 Err(errno) => Answer::Return(Err(errno)),
             },
         }
+    }
+
+    #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
+    /// The signal by which a call of this thread is about to end the process.
+    fn kills_itself_by(&self, nr: u32, args: Args) -> Option<u32> {
+        let pid = u64::from(self.pid());
+        let signal = match nr {
+            __NR_kill | __NR_tkill if args[0] == pid => args[1] as u32,
+            __NR_tgkill if args[0] == pid => args[2] as u32,
+            _ => return None,
+        };
+        let fatal = (1..=SIGNALS).contains(&signal)
+            && default_action(signal) == DefaultAction::Terminate
+            && self.program.dispositions().action(signal).disposition() == Disposition::Default;
+        fatal.then_some(signal)
     }
 
     fn forward_as_told(&mut self, call: &'static Call, args: Args) -> SysResult {

@@ -39,6 +39,7 @@
 mod calls;
 pub mod command;
 pub mod confine;
+pub mod crash;
 pub mod engine;
 pub mod guard;
 pub mod host;

@@ -13,9 +13,10 @@
 //! In this order, from top to bottom, where more than one is taken.
 
 use std::collections::BTreeMap;
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
@@ -55,6 +56,7 @@ pub(crate) struct Program {
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
     policy: Enforced,
+    crash_report: Option<Arc<File>>,
     pid: AtomicU32,
 }
 
@@ -68,6 +70,7 @@ impl Program {
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
             policy: Enforced::unrestricted(),
+            crash_report: None,
             pid: AtomicU32::new(std::process::id()),
         }
     }
@@ -78,6 +81,20 @@ impl Program {
         fds.extend(policy.fd());
         fds.sort_unstable();
         self.policy = policy;
+    }
+
+    /// Has the program's death by a signal described there.
+    pub(crate) fn set_crash_report(&mut self, file: Arc<File>) {
+        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
+        fds.push(file.as_raw_fd());
+        fds.sort_unstable();
+        self.crash_report = Some(file);
+    }
+
+    /// Where the program's death by a signal is described, if that was asked
+    /// for.
+    pub(crate) fn crash_report(&self) -> Option<&File> {
+        self.crash_report.as_deref()
     }
 
     /// What the program may do.
