@@ -33,6 +33,7 @@ const PROGRAMS: &[Tool] = &[
     tools::QEMU,
     tools::XZ,
     tool("busybox", "busybox-static"),
+    tool("bzip2", "bzip2"),
     tool("awk", "mawk"),
     tool("perl", "perl-base"),
     tool("python3", "python3-minimal"),
