@@ -17,7 +17,7 @@ use dune_kvm::probe::{self, Kvm, Placement, PlacementRequest, ProbeError};
 use dune_sandbox::engine::Engine;
 use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
-use dune_sandbox::{Command, MissingCall, Outcome, Policy};
+use dune_sandbox::{Command, End, MissingCall, Outcome, Policy};
 
 use crate::policy::{self, PolicyArgs};
 use crate::{observed, output, report, streams, watchdog};
@@ -195,15 +195,17 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// How many refusals there were, for those who did not ask to see each.
+/// How many refusals there were, for those who did not ask to see each and may
+/// want to know why the program failed.
 fn refusals(args: &RunArgs, outcome: &Outcome) -> Option<String> {
     let times = match outcome.refusals {
         0 => return None,
         1 => "once".to_owned(),
         count => format!("{count} times"),
     };
-    let shown = args.policy.explain;
-    (!shown).then(|| {
+    // A program that got where it wanted had no use for what it was refused.
+    let matters = !args.policy.explain && outcome.end != End::Exit(0);
+    matters.then(|| {
         format!("the policy refused what the program asked for {times}; --explain says what")
     })
 }
