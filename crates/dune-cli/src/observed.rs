@@ -1,18 +1,17 @@
 //! An engine that counts what passes through it, for the report at the end of
 //! `dune run`.
 
-use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::ptr::NonNull;
-use std::rc::Rc;
 use std::sync::atomic::AtomicU8;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use dune_sandbox::engine::{Access, Engine, EngineError, Trap, UserState};
+use dune_sandbox::engine::{Access, Engine, EngineError, Seed, Trap, UserState};
 use dune_sandbox::host::move_fd_high;
 use dune_sandbox::range::PageRange;
 
@@ -69,13 +68,13 @@ fn plural(count: u64, what: &str) -> String {
 /// hidden descriptor.
 pub(crate) struct Observed {
     inner: Box<dyn Engine>,
-    counts: Rc<Cell<Counts>>,
+    counts: Arc<Mutex<Counts>>,
     stderr: RawFd,
 }
 
 /// What is left when the engine and the program are gone.
 pub(crate) struct Observer {
-    counts: Rc<Cell<Counts>>,
+    counts: Arc<Mutex<Counts>>,
     stderr: File,
 }
 
@@ -93,10 +92,10 @@ pub(crate) fn observe(inner: Box<dyn Engine>) -> anyhow::Result<(Observed, Obser
         .try_clone_to_owned()
         .and_then(move_fd_high)
         .context("cannot duplicate standard error; raise `ulimit -n`")?;
-    let counts = Rc::new(Cell::new(Counts::default()));
+    let counts = Arc::new(Mutex::new(Counts::default()));
     let engine = Observed {
         inner,
-        counts: Rc::clone(&counts),
+        counts: Arc::clone(&counts),
         stderr: stderr.as_raw_fd(),
     };
     Ok((
@@ -110,7 +109,7 @@ pub(crate) fn observe(inner: Box<dyn Engine>) -> anyhow::Result<(Observed, Obser
 
 impl Observer {
     pub(crate) fn counts(&self) -> Counts {
-        self.counts.get()
+        *locked(&self.counts)
     }
 
     /// Another descriptor for the same, out of the program's way.
@@ -142,9 +141,7 @@ impl Observer {
 impl Engine for Observed {
     fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
         let trap = self.inner.run(user)?;
-        let mut counts = self.counts.get();
-        counts.count(&trap);
-        self.counts.set(counts);
+        locked(&self.counts).count(&trap);
         Ok(trap)
     }
 
@@ -154,6 +151,18 @@ impl Engine for Observed {
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.inner.revoke(range)
+    }
+
+    fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
+        Ok(Box::new(ObservedSeed {
+            inner: self.inner.seed()?,
+            counts: Arc::clone(&self.counts),
+            stderr: self.stderr,
+        }))
+    }
+
+    fn renew(&mut self) -> Result<(), EngineError> {
+        self.inner.renew()
     }
 
     fn xcr0(&self) -> u64 {
@@ -185,6 +194,27 @@ impl Engine for Observed {
         fds.push(self.stderr);
         fds
     }
+}
+
+/// An engine to be, of another thread.
+struct ObservedSeed {
+    inner: Box<dyn Seed>,
+    counts: Arc<Mutex<Counts>>,
+    stderr: RawFd,
+}
+
+impl Seed for ObservedSeed {
+    fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(Observed {
+            inner: self.inner.grow()?,
+            counts: self.counts,
+            stderr: self.stderr,
+        }))
+    }
+}
+
+fn locked(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
+    counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -101,6 +101,7 @@ fn describe(arg: &Arg) -> String {
         Arg::In(size) => format!("in[{}]", describe_size(size)),
         Arg::Out(size) => format!("out[{}]", describe_size(size)),
         Arg::InOut(size) => format!("inout[{}]", describe_size(size)),
+        Arg::SigSet => "signal set".to_owned(),
         Arg::Pages(arg) => format!("pages[arg {arg}]"),
         Arg::Copied(shape) => describe_shape(shape),
         Arg::Checked => "checked".to_owned(),

@@ -276,6 +276,11 @@ impl Command {
             })
             .collect::<Result<Vec<_>, _>>()?;
 
+        let [token, ..] = launch::random_words().map_err(|errno| LaunchError::Host {
+            what: "random numbers",
+            source: errno.into(),
+        })?;
+        signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
         signal::host::forbid_core_dumps();
@@ -290,7 +295,12 @@ impl Command {
             confine::limit_cpu_time(time)?;
         }
         confine::confine(&policy, &rules, self.wall)?;
-        let policy = Enforced::new(rules, self.explain, self.own_checks);
+        let policy = Enforced::new(rules, self.explain, self.own_checks)
+            .count_tasks()
+            .map_err(|errno| LaunchError::Map {
+                what: "the count of threads",
+                errno,
+            })?;
         guard.configure(policy, self.crash_report);
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;

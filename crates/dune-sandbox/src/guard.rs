@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 
+use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::crash::Crash;
@@ -25,10 +26,12 @@ use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
     signal_of_page_fault,
 };
+use crate::signal::host::{self, thread_id};
 use crate::signal::{
     DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, default_action, record,
 };
-use crate::table::{self, Args, Call, Handling};
+use crate::table::{self, Args, Call, Handling, Restart};
+use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
 use crate::vma::effective;
 
@@ -39,6 +42,10 @@ pub enum Resume {
     Continue,
     /// The program has ended with this status (0 to 255).
     Exit(u8),
+    /// The thread alone has ended, with this status.
+    ThreadExit(u8),
+    /// The thread must leave: the program is ending, or has been replaced.
+    Leave,
     /// The program died of this signal.
     Killed(u32),
 }
@@ -75,6 +82,12 @@ pub struct Guard {
     pub(crate) strings: Strings,
     /// What the call in hand holds, until it is done.
     pub(crate) pins: RefCell<Vec<Pin>>,
+    /// The thread's id, the same for the program and the host.
+    pub(crate) tid: u32,
+    /// Where a zero goes when the thread has ended; 0 for nowhere.
+    pub(crate) clear_child_tid: u64,
+    /// Set by a call that must not start again, whatever its row says.
+    pub(crate) never_restart: bool,
     /// Set when the engine failed inside a call.
     broken: Option<EngineError>,
 }
@@ -89,50 +102,140 @@ impl core::fmt::Debug for Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        // The byte goes with the engine.
         record::set_kick(None);
     }
 }
 
 impl Guard {
-    /// A guard without a program yet.
+    /// The guard of the first thread, without a program yet.
     #[must_use]
     pub(crate) fn new(
         engine: Box<dyn Engine>,
         dispositions: Dispositions,
         signals: ThreadSignals,
     ) -> Self {
+        let program = Arc::new(Program::new(dispositions, engine.fds()));
+        Self::of_thread(program, engine, signals)
+    }
+
+    /// The guard of the calling thread.
+    pub(crate) fn of_thread(
+        program: Arc<Program>,
+        engine: Box<dyn Engine>,
+        signals: ThreadSignals,
+    ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
         Self {
-            program: Arc::new(Program::new(dispositions, engine.fds())),
+            program,
             engine,
             signals,
             strings: Strings::default(),
             pins: RefCell::default(),
+            tid: thread_id(),
+            clear_child_tid: 0,
+            never_restart: false,
             broken: None,
         }
     }
 
-    /// Runs the program from `user` to its end.
+    /// Runs the program from `user` to its end, with all threads that it makes.
     ///
     /// # Errors
     ///
     /// If the engine fails.
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
+        host::listen_to_kicks();
+        // A program that has just begun is not ending.
+        let _ = self.program.threads.join(self.tid);
+        self.live(user).unwrap_or(Ok(End::Exit(0)))
+    }
+
+    /// Runs the thread to its end, and the leader to the program's. `None` for
+    /// any other thread.
+    pub(crate) fn live(&mut self, user: &mut UserState) -> Option<Finish> {
         loop {
-            let trap = self.engine.run(user)?;
-            match self.on_trap(trap, user)? {
-                Resume::Continue => {}
-                Resume::Exit(status) => return Ok(End::Exit(status)),
-                Resume::Killed(signal) => {
-                    let address = match trap {
-                        Trap::PageFault { addr, .. } | Trap::HostFault { addr, .. } => Some(addr),
-                        Trap::Syscall | Trap::Exception { .. } | Trap::Interrupted => None,
+            let status = self.run_thread(user);
+            self.die_of_robust_futexes();
+            if self.tid != self.pid() {
+                return None;
+            }
+            // Its signals are the others' now.
+            host::block_all();
+            self.release_child_tid();
+            let program = Arc::clone(&self.program);
+            program.threads.leave(self.tid, status);
+            match program.threads.wait_as_leader(self.tid) {
+                Wake::Finish(finish) if program.is_forked() => {
+                    finish_vfork(&program);
+                    leave_process(finish)
+                }
+                Wake::Finish(finish) => return Some(finish),
+                Wake::Takeover(new) => {
+                    *user = new.user;
+                    self.signals = ThreadSignals {
+                        mask: new.mask,
+                        ..ThreadSignals::default()
                     };
-                    self.report_crash(signal, address, user);
-                    return Ok(End::Killed(signal));
+                    self.clear_child_tid = 0;
+                    if let Err(error) = self.engine.reset_xstate() {
+                        program.threads.end(self.tid, Err(error));
+                    }
+                    host::set_mask(self.signals.mask);
                 }
             }
         }
+    }
+
+    /// Runs until the thread must leave. Returns its status, if it ended by
+    /// itself.
+    fn run_thread(&mut self, user: &mut UserState) -> Option<u8> {
+        loop {
+            if record::take_kick() {
+                // While the kick waited, no mask could be set.
+                host::set_mask(self.signals.mask);
+                if self.program.threads.must_leave(self.tid) {
+                    return None;
+                }
+            }
+            let (resume, fault) = match self.engine.run(user) {
+                Ok(trap) => (self.on_trap(trap, user), trap.address()),
+                Err(error) => (Err(error), None),
+            };
+            let finish = match resume {
+                Ok(Resume::Continue) => continue,
+                Ok(Resume::ThreadExit(status)) => return Some(status),
+                Ok(Resume::Leave) => return None,
+                Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
+                Ok(Resume::Killed(signal)) => {
+                    self.report_crash(signal, fault, user);
+                    Ok(End::Killed(signal))
+                }
+                Err(error) => Err(error),
+            };
+            self.end_program(finish);
+            return None;
+        }
+    }
+
+    /// Ends the program; the other threads are told to leave.
+    fn end_program(&mut self, finish: Finish) {
+        if self.program.is_forked() {
+            // Nobody waits for the outcome, so the others need not leave one
+            // by one.
+            let state = self.program.threads.lock();
+            if state.is_running() {
+                let members: Vec<_> = state.members().collect();
+                drop(state);
+                for (tid, member) in members {
+                    self.release_robust_futexes(tid, member.robust_list);
+                }
+                finish_vfork(&self.program);
+                leave_process(finish);
+            }
+            return;
+        }
+        self.program.threads.end(self.pid(), finish);
     }
 
     /// Says where the program is when it dies of a signal, if that was asked
@@ -236,19 +339,33 @@ impl Guard {
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
+        self.never_restart = false;
         let answer = self.dispatch(call, user, args);
         self.pins.get_mut().clear();
         let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
             Answer::Exit(status) => return Resume::Exit(status),
+            Answer::ThreadExit(status) => return Resume::ThreadExit(status),
+            Answer::Leave => return Resume::Leave,
             Answer::Killed(signal) => return Resume::Killed(signal),
         };
         match result {
             Err(errno @ (Errno::EINTR | Errno::ERESTARTSYS))
-                if errno == Errno::ERESTARTSYS || record::is_pending() =>
+                if errno == Errno::ERESTARTSYS || record::is_disturbed() =>
             {
-                self.deliver_pending(user, Some(Interrupted { call, rax, errno }))
+                self.deliver_pending(
+                    user,
+                    Some(Interrupted {
+                        restart: if self.never_restart {
+                            Restart::Never
+                        } else {
+                            call.restart
+                        },
+                        rax,
+                        errno,
+                    }),
+                )
             }
             result => {
                 user.regs.rax = result.unwrap_or_else(Errno::as_rax);
@@ -321,7 +438,9 @@ impl Guard {
             Some(area) => {
                 let access = effective(area.attributes.access);
                 if access.contains(needed) {
-                    if let Err(error) = self.engine.admit(addr, area.range, access) {
+                    let pid = program.pid();
+                    let what = memory.admissible(pid, addr, area, needed);
+                    if let Err(error) = self.engine.admit(addr, what.range, what.access) {
                         self.engine_failed(error);
                     }
                     return Resume::Continue;
@@ -338,6 +457,23 @@ impl Guard {
         drop(memory);
         self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
     }
+}
+
+/// Ends a process that has nobody to return to, as its program ended.
+pub(crate) fn leave_process(finish: Finish) -> ! {
+    const SANDBOX_FAILED: u8 = 125;
+    let status = match finish {
+        Ok(End::Exit(status)) => status,
+        Ok(End::Killed(signal)) => {
+            host::die_of(signal);
+            128_u8.wrapping_add(signal as u8)
+        }
+        Err(error) => {
+            eprintln!("dune: {error}");
+            SANDBOX_FAILED
+        }
+    };
+    host::exit_process(status)
 }
 
 #[cfg(test)]
@@ -474,7 +610,7 @@ mod tests {
     #[test]
     fn missing_calls_are_refused_and_counted() {
         let mut guard = guard();
-        for number in [nr::__NR_fork, nr::__NR_fork, 400, u32::MAX] {
+        for number in [350, 350, 400, u32::MAX] {
             let (resume, rax) = call(&mut guard, number, &[]);
             assert_eq!((resume, rax), (Resume::Continue, Errno::ENOSYS.as_rax()));
         }
@@ -492,8 +628,8 @@ mod tests {
             missing,
             [
                 MissingCall {
-                    nr: nr::__NR_fork,
-                    name: Some("fork"),
+                    nr: 350,
+                    name: None,
                     count: 2
                 },
                 MissingCall {

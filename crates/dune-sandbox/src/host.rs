@@ -153,6 +153,18 @@ pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
     decode(rax)
 }
 
+/// Closes a descriptor that is nobody's any more.
+pub(crate) fn close(fd: RawFd) {
+    // Nothing can be done about an error, and the descriptor is gone anyway.
+    // SAFETY: the caller's descriptor, and no memory.
+    let _ = unsafe { syscall(general::__NR_close, [fd as u64, 0, 0, 0, 0, 0]) };
+}
+
+/// How many descriptors the guard has at least, and at most: one for each
+/// thread of the program.
+const SPARE: u64 = 64;
+const MOST_DESCRIPTORS: u64 = 8192;
+
 /// Where descriptors of the guard are put: at or above the program's limit on
 /// open files, so that they neither take numbers that the program expects nor
 /// can be reached by `dup2`. If the hard limit leaves no room there, the
@@ -164,17 +176,21 @@ pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
 ///
 /// If the process has no descriptor left.
 pub fn move_fd_high(fd: OwnedFd) -> std::io::Result<OwnedFd> {
-    const SPARE: u64 = 64;
     let old = get_nofile()?;
-    let roomy = old.rlim_max.saturating_sub(old.rlim_cur) >= SPARE;
+    let room = old
+        .rlim_max
+        .saturating_sub(old.rlim_cur)
+        .min(MOST_DESCRIPTORS);
+    let roomy = room >= SPARE;
     let base = if roomy {
         old.rlim_cur
     } else {
-        old.rlim_cur.saturating_sub(SPARE).max(3)
+        let part = (old.rlim_cur / 4).clamp(SPARE, MOST_DESCRIPTORS);
+        old.rlim_cur.saturating_sub(part).max(3)
     };
     if roomy {
         set_nofile(&general::rlimit64 {
-            rlim_cur: old.rlim_cur + SPARE,
+            rlim_cur: old.rlim_cur + room,
             rlim_max: old.rlim_max,
         })?;
     }
@@ -254,11 +270,11 @@ mod tests {
         let file = std::fs::File::open("/proc/self/stat").unwrap();
         let limit = get_nofile().unwrap();
         let moved = move_fd_high(file.into()).unwrap();
-        let room = limit.rlim_max - limit.rlim_cur >= 64;
+        let room = limit.rlim_max - limit.rlim_cur >= SPARE;
         let least = if room {
             limit.rlim_cur
         } else {
-            limit.rlim_cur - 64
+            limit.rlim_cur - (limit.rlim_cur / 4).clamp(SPARE, MOST_DESCRIPTORS)
         };
         assert!(moved.as_raw_fd() as u64 >= least);
         assert_eq!(get_nofile().unwrap().rlim_cur, limit.rlim_cur);

@@ -27,16 +27,18 @@ use dune_loader::{
 use linux_raw_sys::general::{__NR_getrandom, __NR_prctl};
 use linux_raw_sys::prctl::PR_SET_NAME;
 
+use crate::calls::fork::finish_vfork;
 use crate::calls::memory::{Space, map_anonymous, map_file, set_access, unmap};
 use crate::calls::process::settle_identity;
 use crate::calls::{Answer, fd, forward_always, own, own_mut};
 use crate::engine::{Access, UserState};
-use crate::guard::Guard;
+use crate::guard::{End, Guard, leave_process};
 use crate::host::Errno;
 use crate::policy::Need;
 use crate::policy::uses::Last;
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP};
 use crate::signal::{Action, AltStack, Disposition, SIGKILL, SIGNALS, host};
+use crate::threads::Takeover;
 use crate::vma::{Attributes, Backing};
 
 /// `AT_FDCWD` in a register.
@@ -250,15 +252,39 @@ pub(crate) fn replace(
     if let Err(errno) = files.iter().try_for_each(|&fd| guard.may_execute(fd)) {
         return Answer::Return(Err(errno));
     }
+    let program = Arc::clone(&guard.program);
+    if program
+        .threads
+        .begin_replacing(program.pid(), guard.tid)
+        .is_err()
+    {
+        return Answer::Leave;
+    }
     // From here on there is no way back to the old program.
+    finish_vfork(&program);
     let start =
         clear(guard, &files).and_then(|()| prepared.load(guard).map_err(|error| errno_of(&error)));
     match start {
-        Ok(start) => {
+        Ok(start) if guard.tid == program.pid() => {
             *user = start;
+            program.threads.replaced();
             Answer::Registers
         }
-        Err(_) => Answer::Killed(SIGKILL),
+        // The program runs on in the thread that has the process's id.
+        Ok(user) => {
+            let mask = guard.signals.mask;
+            let takeover = Takeover { user, mask };
+            program.threads.hand_over(guard.tid, takeover);
+            Answer::Leave
+        }
+        Err(_) => {
+            let killed = Ok(End::Killed(SIGKILL));
+            if program.is_forked() {
+                leave_process(killed);
+            }
+            program.threads.end_replacing(killed);
+            Answer::Leave
+        }
     }
 }
 
@@ -282,6 +308,7 @@ fn clear(guard: &mut Guard, kept: &[RawFd]) -> Result<(), Errno> {
     }
     drop(dispositions);
     guard.signals.altstack = AltStack::default();
+    guard.clear_child_tid = 0;
     guard
         .engine
         .reset_xstate()
@@ -385,7 +412,7 @@ fn set_name(filename: &CStr) {
     let _ = forward_always(__NR_prctl, [u64::from(PR_SET_NAME), own(&name), 0, 0, 0, 0]);
 }
 
-fn random_words() -> Result<[u64; 4], Errno> {
+pub(crate) fn random_words() -> Result<[u64; 4], Errno> {
     let mut words = [0_u64; 4];
     let len = size_of_val(&words) as u64;
     let count = forward_always(__NR_getrandom, [own_mut(&mut words), len, 0, 0, 0, 0])?;

@@ -28,8 +28,6 @@
 //!
 //! - Confinement of the host side (Landlock, seccomp): a program has the
 //!   rights of whoever runs it over files and processes.
-//! - Threads and processes: `clone`, `fork` and `vfork` give `ENOSYS`.
-//!   `execve` works.
 //! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
@@ -51,7 +49,9 @@ mod signal;
 pub mod table;
 #[cfg(test)]
 mod testing;
+mod threads;
 pub mod user;
+mod vfork;
 pub mod vma;
 
 pub use command::{Command, Outcome, RunError};

@@ -5,6 +5,7 @@
 //!
 //! | lock | guards | held |
 //! |---|---|---|
+//! | `threads` | which threads there are, and whether they must leave | to look or change |
 //! | `fds` | which descriptors are the guard's | to look; shared across calls that replace or copy a descriptor; exclusively while the guard makes one |
 //! | `memory` | areas, heap, placement | shared across a copy or an `admit`; exclusively across a change of mappings, with the host's part of it |
 //! | `dispositions` | what signals do | across the change of the host's disposition too |
@@ -14,26 +15,32 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
+use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
-use crate::host::Errno;
+use crate::host::{self, Errno};
 use crate::policy::enforced::Enforced;
+use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::table;
-use crate::vma::Areas;
+use crate::threads::{State, Threads};
+use crate::vfork::Journal;
+use crate::vma::{Area, Areas, Sharing, effective};
 
 /// The program's memory, as the guard keeps account of it.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Memory {
     /// What is mapped.
     pub(crate) areas: Areas,
     /// Where it grows.
     pub(crate) space: Space,
+    /// What a child of `vfork` has to tell its parent.
+    pub(crate) journal: Option<Mutex<Journal>>,
 }
 
 impl Memory {
@@ -42,14 +49,70 @@ impl Memory {
     pub fn new(areas: Areas) -> Self {
         Self {
             areas,
-            space: Space::default(),
+            ..Self::default()
         }
     }
+
+    /// Notes, in a child of `vfork`, that `range` is about to be written.
+    pub(crate) fn note_write(&self, pid: u32, range: UserRange) {
+        if let Some(journal) = &self.journal {
+            let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+            journal.note(&self.areas, pid, range);
+        }
+    }
+
+    /// The range and rights with which to admit the page of `addr` for an
+    /// access that needs `needed`. In a child of `vfork` no page can be written
+    /// that was not noted.
+    pub(crate) fn admissible(&self, pid: u32, addr: u64, area: Area, needed: Access) -> Admission {
+        let access = effective(area.attributes.access);
+        let whole = Admission {
+            range: area.range,
+            access,
+        };
+        if self.journal.is_none()
+            || area.attributes.sharing == Sharing::Shared
+            || !access.contains(Access::WRITE)
+        {
+            return whole;
+        }
+        let page = addr & !(PAGE_SIZE - 1);
+        match (needed, PageRange::new(page, PAGE_SIZE)) {
+            (Access::WRITE, Some(range)) => {
+                if let Some(bytes) = UserRange::new(page, PAGE_SIZE) {
+                    self.note_write(pid, bytes);
+                }
+                Admission { range, access }
+            }
+            _ => Admission {
+                access: access - Access::WRITE,
+                ..whole
+            },
+        }
+    }
+}
+
+/// What an engine is told to admit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Admission {
+    pub(crate) range: PageRange,
+    pub(crate) access: Access,
+}
+
+/// All locks of a program, for the moment of a `fork`.
+pub(crate) struct Locks<'a> {
+    threads: MutexGuard<'a, State>,
+    fds: RwLockWriteGuard<'a, Vec<RawFd>>,
+    memory: RwLockWriteGuard<'a, Memory>,
+    _dispositions: MutexGuard<'a, Dispositions>,
+    _process: RwLockWriteGuard<'a, Process>,
+    _missing: MutexGuard<'a, BTreeMap<u32, u64>>,
 }
 
 /// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Program {
+    pub(crate) threads: Threads,
     fds: RwLock<Vec<RawFd>>,
     memory: RwLock<Memory>,
     dispositions: Mutex<Dispositions>,
@@ -58,6 +121,12 @@ pub(crate) struct Program {
     policy: Enforced,
     crash_report: Option<Arc<File>>,
     pid: AtomicU32,
+    /// Whether this process is the child of a `fork`, with nobody to return to.
+    forked: AtomicBool,
+    /// Whether no second thread was ever made in this process.
+    single: AtomicBool,
+    /// Whether the memory has a journal.
+    journaling: AtomicBool,
 }
 
 impl Program {
@@ -72,23 +141,37 @@ impl Program {
             policy: Enforced::unrestricted(),
             crash_report: None,
             pid: AtomicU32::new(std::process::id()),
+            forked: AtomicBool::new(false),
+            single: AtomicBool::new(true),
+            journaling: AtomicBool::new(false),
+            threads: Threads::default(),
         }
     }
 
     /// Sets what the program may do, before it runs.
     pub(crate) fn set_policy(&mut self, policy: Enforced) {
-        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
-        fds.extend(policy.fd());
-        fds.sort_unstable();
         self.policy = policy;
+        self.hide_reports();
+    }
+
+    /// Descriptors of the guard that are there as long as the program is.
+    fn reports(&self) -> impl Iterator<Item = RawFd> {
+        let crash = self.crash_report.as_deref().map(AsRawFd::as_raw_fd);
+        self.policy.fd().into_iter().chain(crash)
+    }
+
+    fn hide_reports(&mut self) {
+        let reports: Vec<RawFd> = self.reports().collect();
+        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(reports);
+        fds.sort_unstable();
+        fds.dedup();
     }
 
     /// Has the program's death by a signal described there.
     pub(crate) fn set_crash_report(&mut self, file: Arc<File>) {
-        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
-        fds.push(file.as_raw_fd());
-        fds.sort_unstable();
         self.crash_report = Some(file);
+        self.hide_reports();
     }
 
     /// Where the program's death by a signal is described, if that was asked
@@ -109,7 +192,7 @@ impl Program {
     ///
     /// Those of `make`.
     pub(crate) fn take(&self, make: impl FnOnce() -> Result<RawFd, Errno>) -> Result<RawFd, Errno> {
-        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        let mut fds = self.hidden_fds_mut();
         let fd = make()?;
         let at = fds.partition_point(|&other| other < fd);
         fds.insert(at, fd);
@@ -118,7 +201,7 @@ impl Program {
 
     /// Has `close` close a descriptor of the guard.
     pub(crate) fn give_back(&self, fd: RawFd, close: impl FnOnce(RawFd)) {
-        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        let mut fds = self.hidden_fds_mut();
         if let Ok(at) = fds.binary_search(&fd) {
             fds.remove(at);
         }
@@ -166,6 +249,104 @@ impl Program {
     /// makes none.
     pub(crate) fn hidden_fds(&self) -> RwLockReadGuard<'_, Vec<RawFd>> {
         self.fds.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Program::hidden_fds`], while the guard makes or closes some.
+    pub(crate) fn hidden_fds_mut(&self) -> RwLockWriteGuard<'_, Vec<RawFd>> {
+        self.fds.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this process is the child of a `fork` of the program.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.forked.load(Ordering::Relaxed)
+    }
+
+    /// Takes every lock: nothing of the program is half-way then.
+    pub(crate) fn lock_all(&self) -> Locks<'_> {
+        Locks {
+            threads: self.threads.lock(),
+            fds: self.hidden_fds_mut(),
+            memory: self.memory_mut(),
+            _dispositions: self.dispositions(),
+            _process: self.process_mut(),
+            _missing: self.missing.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// In the child of a `fork`, with the locks that the parent's thread took:
+    /// makes all of this the child's own, and returns its id. `pipe` leads to
+    /// the parent of a `vfork`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no new engine.
+    pub(crate) fn became_child(
+        &self,
+        mut locks: Locks<'_>,
+        engine: &mut dyn Engine,
+        pipe: Option<OwnedFd>,
+    ) -> Result<u32, EngineError> {
+        let pid = std::process::id();
+        self.pid.store(pid, Ordering::Relaxed);
+        self.forked.store(true, Ordering::Relaxed);
+        self.single.store(true, Ordering::Relaxed);
+        locks.threads.reset(pid);
+        // One that is there is the parent's.
+        locks.memory.journal = None;
+        let before = engine.fds();
+        engine.renew()?;
+        let mut fds = engine.fds();
+        fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
+        fds.extend(self.reports());
+        // What other threads held for a call, and pipes of other threads' `vfork`, which must not be held open here.
+        for fd in locks.fds.iter() {
+            if !before.contains(fd) && !fds.contains(fd) {
+                host::close(*fd);
+            }
+        }
+        fds.sort_unstable();
+        *locks.fds = fds;
+        self.journaling.store(pipe.is_some(), Ordering::SeqCst);
+        if let Some(pipe) = pipe {
+            let journal = Journal::new(&locks.memory, pipe);
+            locks.memory.journal = Some(Mutex::new(journal));
+        }
+        Ok(pid)
+    }
+
+    /// Whether this is a child of `vfork` that has not told its parent yet.
+    pub(crate) fn is_journaling(&self) -> bool {
+        self.journaling.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the kernel may write `len` bytes at `addr`, checked user
+    /// memory, on behalf of a child of `vfork`.
+    pub(crate) fn note_write(&self, addr: u64, len: u64) {
+        if self.is_journaling()
+            && let Some(range) = UserRange::new(addr, len)
+        {
+            self.memory().note_write(self.pid(), range);
+        }
+    }
+
+    /// The journal; nothing is noted any more.
+    pub(crate) fn take_journal(&self) -> Option<Journal> {
+        if !self.journaling.swap(false, Ordering::SeqCst) {
+            return None;
+        }
+        let journal = self.memory_mut().journal.take()?;
+        Some(journal.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether one thread is all there ever was in this process: nobody else
+    /// can change what it looks at.
+    pub(crate) fn is_single(&self) -> bool {
+        self.single.load(Ordering::Relaxed)
+    }
+
+    /// From now on there are threads.
+    pub(crate) fn becomes_shared(&self) {
+        self.single.store(false, Ordering::SeqCst);
     }
 
     /// Counts a call that the guard does not have.

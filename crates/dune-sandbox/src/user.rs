@@ -81,8 +81,9 @@ impl<'a> UserMemory<'a> {
             },
             // SAFETY: the kernel writes `buffer`, which is ours, and only it.
             Way::ByKernel => unsafe {
-                self.by_kernel(
+                by_kernel(
                     __NR_process_vm_readv,
+                    self.pid,
                     to.expose_provenance(),
                     addr,
                     buffer.len(),
@@ -117,8 +118,9 @@ impl<'a> UserMemory<'a> {
             // SAFETY: the kernel reads `bytes` and writes user memory only,
             // which `way` has checked.
             Way::ByKernel => unsafe {
-                self.by_kernel(
+                by_kernel(
                     __NR_process_vm_writev,
+                    self.pid,
                     from.expose_provenance(),
                     addr,
                     bytes.len(),
@@ -221,18 +223,24 @@ impl<'a> UserMemory<'a> {
             left -= vec.len;
             if vec.len == 0 {
                 vec.base = 0;
-            } else if UserRange::new(vec.base, vec.len).is_none() {
-                return Err(Errno::EFAULT);
+            } else {
+                let range = UserRange::new(vec.base, vec.len).ok_or(Errno::EFAULT)?;
+                // They may be for reading into.
+                self.lock().note_write(self.pid, range);
             }
         }
         Ok(vecs)
+    }
+
+    fn lock(self) -> RwLockReadGuard<'a, Memory> {
+        self.memory.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Decides how to reach `len` bytes at `addr`, which is not empty.
     fn way(self, addr: u64, len: usize, access: Access) -> Result<Way<'a>, Errno> {
         let range = UserRange::new(addr, len as u64).ok_or(Errno::EFAULT)?;
         let pages = PageRange::covering(range).ok_or(Errno::EFAULT)?;
-        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        let memory = self.lock();
         let mut by_kernel = false;
         let allowed = memory.areas.all(pages, |attributes| {
             if attributes.backing == Backing::File || attributes.sharing == Sharing::Shared {
@@ -240,6 +248,9 @@ impl<'a> UserMemory<'a> {
             }
             attributes.effective_access().contains(access)
         });
+        if allowed && access.contains(Access::WRITE) {
+            memory.note_write(self.pid, range);
+        }
         match (allowed, by_kernel) {
             (false, _) => Err(Errno::EFAULT),
             (true, false) => Ok(Way::Direct(memory)),
@@ -248,40 +259,52 @@ impl<'a> UserMemory<'a> {
             (true, true) => Ok(Way::ByKernel),
         }
     }
+}
 
-    /// Has the kernel copy between `local` (the guard's) and `remote` (the
-    /// program's).
-    ///
-    /// # Safety
-    ///
-    /// `local` must be `len` bytes that the call `nr` may access: written for
-    /// `process_vm_readv`, read for `process_vm_writev`; `remote` must be user
-    /// memory.
-    unsafe fn by_kernel(self, nr: u32, local: usize, remote: u64, len: usize) -> Result<(), Errno> {
-        let local = IoVec {
-            base: local as u64,
-            len: len as u64,
-        };
-        let remote = IoVec {
-            base: remote,
-            len: len as u64,
-        };
-        let args = [
-            u64::from(self.pid),
-            (&raw const local).expose_provenance() as u64,
-            1,
-            (&raw const remote).expose_provenance() as u64,
-            1,
-            0,
-        ];
-        // SAFETY: the caller's promise, and two vectors that live in this
-        // frame.
-        let copied = unsafe { syscall(nr, args) }.map_err(|_| Errno::EFAULT)?;
-        if copied == len as u64 {
-            Ok(())
-        } else {
-            Err(Errno::EFAULT)
-        }
+/// Copies `buffer.len()` bytes of user memory at `addr`, of this process, whose
+/// id is `pid`, by the kernel.
+///
+/// # Errors
+///
+/// `EFAULT` if not all of it can be read.
+pub(crate) fn copy_by_kernel(pid: u32, addr: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    UserRange::new(addr, buffer.len() as u64).ok_or(Errno::EFAULT)?;
+    let to = buffer.as_mut_ptr().expose_provenance();
+    // SAFETY: the kernel writes `buffer`, which is ours, and only it.
+    unsafe { by_kernel(__NR_process_vm_readv, pid, to, addr, buffer.len()) }
+}
+
+/// Has the kernel copy between `local` (the guard's) and `remote` (the
+/// program's).
+///
+/// # Safety
+///
+/// `local` must be `len` bytes that the call `nr` may access: written for
+/// `process_vm_readv`, read for `process_vm_writev`; `remote` must be user
+/// memory.
+unsafe fn by_kernel(nr: u32, pid: u32, local: usize, remote: u64, len: usize) -> Result<(), Errno> {
+    let local = IoVec {
+        base: local as u64,
+        len: len as u64,
+    };
+    let remote = IoVec {
+        base: remote,
+        len: len as u64,
+    };
+    let args = [
+        u64::from(pid),
+        (&raw const local).expose_provenance() as u64,
+        1,
+        (&raw const remote).expose_provenance() as u64,
+        1,
+        0,
+    ];
+    // SAFETY: the caller's promise, and two vectors that live in this frame.
+    let copied = unsafe { syscall(nr, args) }.map_err(|_| Errno::EFAULT)?;
+    if copied == len as u64 {
+        Ok(())
+    } else {
+        Err(Errno::EFAULT)
     }
 }
 

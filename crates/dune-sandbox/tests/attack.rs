@@ -293,7 +293,13 @@ fn forwarded_pointers(target: &Target) {
         for (index, kind) in entry.args.iter().enumerate() {
             if !matches!(
                 kind,
-                Arg::In(_) | Arg::Out(_) | Arg::InOut(_) | Arg::Path | Arg::Text | Arg::Pages(_)
+                Arg::In(_)
+                    | Arg::Out(_)
+                    | Arg::InOut(_)
+                    | Arg::Path
+                    | Arg::Text
+                    | Arg::SigSet
+                    | Arg::Pages(_)
             ) {
                 continue;
             }

@@ -464,7 +464,7 @@ mod tests {
         let pages = UserPages::anonymous(1);
         let at = pages.start();
         let guard = guard();
-        *guard.program.memory_mut() = pages.memory.read().unwrap().clone();
+        guard.program.memory_mut().areas = pages.memory.read().unwrap().areas.clone();
         let vector = IoVec {
             base: at + 1024,
             len: 64,

@@ -7,6 +7,7 @@
 
 pub(crate) mod fd;
 pub(crate) mod file;
+pub(crate) mod fork;
 pub(crate) mod ioctl;
 pub(crate) mod memory;
 pub(crate) mod message;
@@ -17,6 +18,7 @@ pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;
 pub(crate) mod sockopt;
+pub(crate) mod thread;
 pub(crate) mod time;
 pub(crate) mod timer;
 
@@ -26,6 +28,8 @@ use std::os::fd::RawFd;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult, syscall};
 use crate::range::{PAGE_SIZE, UserRange};
+use crate::signal::SigSet;
+use crate::signal::host::mask_for_host;
 use crate::signal::record::call_interruptible;
 use crate::table::{Arg, Args, Call, Size};
 use crate::user::{PATH_MAX, UserMemory};
@@ -45,17 +49,25 @@ pub enum Answer {
     Registers,
     /// The program has ended.
     Exit(u8),
+    /// The thread has ended.
+    ThreadExit(u8),
+    /// The thread must leave.
+    Leave,
     /// The program died.
     Killed(u32),
 }
 
 /// The guard's copies of the strings of one call.
-pub(crate) struct Strings([Box<[u8; PATH_MAX]>; 2]);
+pub(crate) struct Strings {
+    texts: [Box<[u8; PATH_MAX]>; 2],
+    /// No call has more than one.
+    set: Box<SigSet>,
+}
 
 impl Strings {
     /// The string that was copied into one of the buffers, without its zero.
     pub(crate) fn text(&self, which: usize) -> Option<&[u8]> {
-        let buffer = self.0.get(which)?;
+        let buffer = self.texts.get(which)?;
         let len = buffer.iter().position(|&byte| byte == 0)?;
         Some(&buffer[..len])
     }
@@ -66,7 +78,7 @@ impl Strings {
     ///
     /// `ENAMETOOLONG` if it does not fit.
     pub(crate) fn set_text(&mut self, which: usize, text: &[u8]) -> Result<(), Errno> {
-        let buffer = self.0.get_mut(which).ok_or(Errno::EINVAL)?;
+        let buffer = self.texts.get_mut(which).ok_or(Errno::EINVAL)?;
         let place = buffer.get_mut(..=text.len()).ok_or(Errno::ENAMETOOLONG)?;
         let (place, zero) = place.split_at_mut(text.len());
         place.copy_from_slice(text);
@@ -77,7 +89,10 @@ impl Strings {
 
 impl Default for Strings {
     fn default() -> Self {
-        Self([Box::new([0; PATH_MAX]), Box::new([0; PATH_MAX])])
+        Self {
+            texts: [Box::new([0; PATH_MAX]), Box::new([0; PATH_MAX])],
+            set: Box::default(),
+        }
     }
 }
 
@@ -164,14 +179,23 @@ impl Guard {
             checked[index] = match *kind {
                 Arg::Value | Arg::Copied(_) | Arg::Checked => value,
                 Arg::Fd => self.user_fd(value)?,
-                Arg::In(size) | Arg::Out(size) | Arg::InOut(size) => {
-                    user_pointer(value, byte_count(size, &args)?)?
+                Arg::In(size) => user_pointer(value, byte_count(size, &args)?)?,
+                Arg::Out(size) | Arg::InOut(size) => {
+                    let len = byte_count(size, &args)?;
+                    let at = user_pointer(value, len)?;
+                    self.program.note_write(at, len);
+                    at
                 }
                 Arg::Pages(len) => {
                     let pages = UserRange::new(value, args[usize::from(len)]);
                     pages.map(|_| value).ok_or(Errno::ENOMEM)?
                 }
-                Arg::Path | Arg::Text if value == 0 => 0,
+                Arg::Path | Arg::Text | Arg::SigSet if value == 0 => 0,
+                Arg::SigSet => {
+                    let set: SigSet = self.memory().read_value(value)?;
+                    *self.strings.set = mask_for_host(set);
+                    own(&*self.strings.set)
+                }
                 Arg::Path | Arg::Text => {
                     let at = self.copy_string(value, strings_used, *kind)?;
                     strings_used += 1;
@@ -199,7 +223,7 @@ impl Guard {
     /// Copies a string of the program into one of the guard's buffers.
     fn copy_string(&mut self, addr: u64, which: usize, kind: Arg) -> Result<u64, Errno> {
         // Two buffers serve: no call of the table has more strings.
-        let buffer = self.strings.0.get_mut(which).ok_or(Errno::EINVAL)?;
+        let buffer = self.strings.texts.get_mut(which).ok_or(Errno::EINVAL)?;
         let memory = UserMemory::new(self.program.memory_lock(), self.program.pid());
         let len = memory.read_cstr_into(addr, &mut buffer[..])?;
         if kind == Arg::Path {
@@ -268,7 +292,7 @@ mod tests {
         for call in table::calls() {
             for (index, kind) in call.args.iter().enumerate() {
                 let sized = matches!(kind, Arg::In(_) | Arg::Out(_) | Arg::InOut(_));
-                if !sized && !matches!(kind, Arg::Path | Arg::Text | Arg::Pages(_)) {
+                if !sized && !matches!(kind, Arg::Path | Arg::Text | Arg::SigSet | Arg::Pages(_)) {
                     continue;
                 }
                 for hostile in [own(&mine), USER_HI, u64::MAX - 3, USER_LO - 1, 1] {

@@ -189,7 +189,7 @@ mod tests {
     fn an_address_is_copied_once_and_whole() {
         let pages = UserPages::anonymous(1);
         let guard = guard();
-        *guard.program.memory_mut() = pages.memory.read().unwrap().clone();
+        guard.program.memory_mut().areas = pages.memory.read().unwrap().areas.clone();
         guard
             .memory()
             .write(pages.start(), b"\x01\0/tmp/x")

@@ -35,8 +35,6 @@ pub(crate) struct Process {
     pub(crate) environment: (u64, u64),
     /// The limits that bind the program and must not bind the guard.
     pub(crate) limits: Limits,
-    /// `set_robust_list` of the program; the host kernel is not told.
-    robust_list: (u64, u64),
 }
 
 impl Process {
@@ -46,7 +44,6 @@ impl Process {
             arguments: (0, 0),
             environment: (0, 0),
             limits: Limits::of_this_process(),
-            robust_list: (0, 0),
         }
     }
 }
@@ -268,34 +265,6 @@ pub(crate) fn prlimit64(guard: &mut Guard, args: Args) -> SysResult {
     limit_call(guard, resource, new, old)
 }
 
-/// The program has one thread, whose end is the process's.
-pub(crate) fn set_tid_address(guard: &mut Guard, _args: Args) -> SysResult {
-    Ok(u64::from(guard.pid()))
-}
-
-/// Remembered, not passed on: the host kernel would write to it when the
-/// guard's thread ends.
-pub(crate) fn set_robust_list(guard: &mut Guard, args: Args) -> SysResult {
-    const HEAD_LEN: u64 = 24;
-    let [head, len, ..] = args;
-    if len != HEAD_LEN {
-        return Err(Errno::EINVAL);
-    }
-    guard.program.process_mut().robust_list = (head, len);
-    Ok(0)
-}
-
-pub(crate) fn get_robust_list(guard: &mut Guard, args: Args) -> SysResult {
-    let [pid, head, len, ..] = args;
-    if pid != 0 && pid as u32 != guard.pid() {
-        return Err(Errno::EPERM);
-    }
-    let (robust_head, robust_len) = guard.program.process().robust_list;
-    guard.memory().write_value(head, &robust_head)?;
-    guard.memory().write_value(len, &robust_len)?;
-    Ok(0)
-}
-
 /// Linux's own personality, and only that.
 pub(crate) fn personality(_guard: &mut Guard, args: Args) -> SysResult {
     const QUERY: u32 = u32::MAX;
@@ -369,10 +338,6 @@ pub(crate) fn arch_prctl(guard: &mut Guard, user: &mut UserState, args: Args) ->
         _ => Err(Errno::EINVAL),
     };
     Answer::Return(result)
-}
-
-pub(crate) fn exit(_guard: &mut Guard, _user: &mut UserState, args: Args) -> Answer {
-    Answer::Exit(args[0] as u8)
 }
 
 pub(crate) fn execve(guard: &mut Guard, user: &mut UserState, args: Args) -> Answer {

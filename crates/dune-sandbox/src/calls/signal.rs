@@ -126,9 +126,15 @@ fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> An
         return Answer::Return(forward(__NR_rt_sigqueueinfo, args));
     }
     user.regs.rax = 0;
-    match guard.deliver_fault(user, info, FaultContext::default()) {
+    answer_of(guard.deliver_fault(user, info, FaultContext::default()))
+}
+
+fn answer_of(resume: Resume) -> Answer {
+    match resume {
         Resume::Continue => Answer::Registers,
         Resume::Exit(status) => Answer::Exit(status),
+        Resume::ThreadExit(status) => Answer::ThreadExit(status),
+        Resume::Leave => Answer::Leave,
         Resume::Killed(signal) => Answer::Killed(signal),
     }
 }
@@ -155,11 +161,7 @@ pub(crate) fn rt_sigreturn(guard: &mut Guard, user: &mut UserState, _args: Args)
         return Answer::Registers;
     }
     let info = SigInfo::fault(SIGSEGV, SI_KERNEL, 0);
-    match guard.deliver_fault(user, info, FaultContext::default()) {
-        Resume::Continue => Answer::Registers,
-        Resume::Exit(status) => Answer::Exit(status),
-        Resume::Killed(signal) => Answer::Killed(signal),
-    }
+    answer_of(guard.deliver_fault(user, info, FaultContext::default()))
 }
 
 pub(crate) fn sigaltstack(guard: &mut Guard, user: &mut UserState, args: Args) -> Answer {

@@ -20,13 +20,14 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
 use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use dune::memory::{AddressSpace, PteFlags, SpaceError, VirtRange};
 use dune::{TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
-use super::{Access, Engine, EngineError, PageFaultError, Trap, UserRegs, UserState};
-use crate::range::PageRange;
+use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use crate::range::{PageRange, USER_HI};
 
 const PAGE: u64 = 4096;
 /// What one fault admits at least, where the area goes that far.
@@ -38,7 +39,7 @@ const MOST_AHEAD: u64 = 64 << 20;
 /// in Dune mode from then on.
 #[derive(Debug)]
 pub struct InGuest {
-    space: AddressSpace,
+    space: Arc<Space>,
     context: UserContext,
     kick: Box<AtomicU8>,
     xcr0: u64,
@@ -46,6 +47,33 @@ pub struct InGuest {
     ahead: (u64, u64),
     /// The page that was refused although it is admitted, and by which instruction.
     refused: (u64, u64),
+}
+
+/// The address space of all threads.
+#[derive(Debug)]
+struct Space {
+    space: AddressSpace,
+    /// Held while the tables are edited. The guard's lock of the memory is held around it, so
+    /// that it is free at the moment of a `fork`.
+    edit: Mutex<()>,
+}
+
+impl Space {
+    /// Takes `range` away from ring 3 on every vCPU.
+    fn unmap(&self, range: VirtRange) -> Result<(), EngineError> {
+        let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        self.space.unmap_memory(range).map_err(refused)
+    }
+}
+
+/// What the engine of a new thread begins with. That thread is in Dune mode as the one that
+/// made it.
+struct Sown(Arc<Space>);
+
+impl Seed for Sown {
+    fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(InGuest::in_space(self.0)?))
+    }
 }
 
 impl InGuest {
@@ -60,6 +88,17 @@ impl InGuest {
             source: std::io::Error::other(error),
         })?;
         let space = AddressSpace::empty().map_err(refused)?;
+        Self::in_space(Arc::new(Space {
+            space,
+            edit: Mutex::new(()),
+        }))
+    }
+
+    fn in_space(space: Arc<Space>) -> Result<Self, EngineError> {
+        dune::enter().map_err(|error| EngineError::Kvm {
+            what: "Dune mode",
+            source: std::io::Error::other(error),
+        })?;
         let context = UserContext::new(0, 0).map_err(refused)?;
         let (xcr0, _) = dune::extended_features().unwrap_or((3, 576));
         Ok(Self {
@@ -92,7 +131,7 @@ impl InGuest {
     /// Whether the page tables allow an access that faulted. Then it is the host that has
     /// nothing there; but another look is free, and a TLB may have been late.
     fn is_host_fault(&mut self, addr: u64, error: PageFaultError) -> bool {
-        let Ok(walk) = self.space.walk(GuestVirt::new_truncate(addr)) else {
+        let Ok(walk) = self.space.space.walk(GuestVirt::new_truncate(addr)) else {
             return false;
         };
         let allowed = walk.permissions().is_some_and(|rights| {
@@ -125,7 +164,7 @@ impl Engine for InGuest {
         self.context.set_gs_base(user.gs_base);
         let trap = self
             .context
-            .run_unless(&self.space, &self.kick)
+            .run_unless(&self.space.space, &self.kick)
             .map_err(refused)?;
         store(&mut user.regs, self.context.registers());
         user.fs_base = self.context.fs_base();
@@ -160,17 +199,38 @@ impl Engine for InGuest {
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
         let extent = self.extent(addr, area);
         let range = virt_range(extent);
+        let _edit = self
+            .space
+            .edit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the guard has mapped the area for the program, revokes it before it unmaps
         // it, and holds no reference into it.
         unsafe {
             self.space
+                .space
                 .replace_memory(range, extent.start(), user_flags(access))
         }
         .map_err(refused)
     }
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
-        self.space.unmap(virt_range(range)).map_err(refused)
+        self.space.unmap(virt_range(range))
+    }
+
+    fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
+        Ok(Box::new(Sown(Arc::clone(&self.space))))
+    }
+
+    fn renew(&mut self) -> Result<(), EngineError> {
+        // Dune mode has gone on by itself, in a new VM, and the page tables are a copy. The
+        // guard wants to see every page again.
+        let start = GuestVirt::ZERO;
+        let all = VirtRange::try_new(start, USER_HI).unwrap_or(VirtRange::empty_at(start));
+        self.space.unmap(all)?;
+        self.context.reset_extended_state();
+        self.refused = (0, 0);
+        Ok(())
     }
 
     fn xcr0(&self) -> u64 {

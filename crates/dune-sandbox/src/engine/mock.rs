@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Access, Engine, EngineError, Trap, UserState};
+use super::{Access, Engine, EngineError, Seed, Trap, UserState};
 use crate::range::PageRange;
 
 /// Bytes of extended state that the mock keeps: FXSAVE area and XSAVE header.
@@ -88,6 +88,17 @@ impl Engine for MockEngine {
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.note(Request::Revoke(range));
+        Ok(())
+    }
+
+    fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
+        Err(EngineError::NoMemory {
+            what: "a second script",
+        })
+    }
+
+    fn renew(&mut self) -> Result<(), EngineError> {
+        self.clear_xstate();
         Ok(())
     }
 

@@ -181,6 +181,17 @@ pub enum Trap {
     Interrupted,
 }
 
+impl Trap {
+    /// The address that a fault is about.
+    #[must_use]
+    pub const fn address(&self) -> Option<u64> {
+        match *self {
+            Self::PageFault { addr, .. } | Self::HostFault { addr, .. } => Some(addr),
+            Self::Syscall | Self::Exception { .. } | Self::Interrupted => None,
+        }
+    }
+}
+
 /// The engine cannot go on; the program cannot be run any further.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -210,7 +221,13 @@ pub enum EngineError {
     },
 }
 
-/// Runs ring 3. See the module documentation for the protocol.
+/// Runs one thread of ring 3. See the module documentation for the protocol.
+///
+/// The engines of a program's threads share the page tables: what one of them
+/// admits or revokes holds for all. The guard calls [`Engine::admit`] with the
+/// memory's lock held, and [`Engine::revoke`] with it held exclusively until
+/// the host's part of the change is made, so that no other thread can bring a
+/// page back in between. What an engine locks by itself it locks last.
 pub trait Engine {
     /// Runs the program from `user` until its next trap, and stores its state
     /// there again.
@@ -244,6 +261,24 @@ pub trait Engine {
     ///
     /// If the tables cannot be edited.
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError>;
+
+    /// Makes ready what an engine for a further thread of the program needs
+    /// that this thread must provide. May make descriptors.
+    ///
+    /// # Errors
+    ///
+    /// If there is no further virtual CPU.
+    fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError>;
+
+    /// Must be called in the child of a `fork`, by the thread that called it,
+    /// before anything else: a VM belongs to the process that made it. Nothing
+    /// is admitted afterwards, the extended state is as after `execve`, and the
+    /// descriptors and the kick byte are others.
+    ///
+    /// # Errors
+    ///
+    /// If there is no new VM.
+    fn renew(&mut self) -> Result<(), EngineError>;
 
     /// XCR0 as ring 3 has it: which components [`Engine::save_xstate`] holds.
     fn xcr0(&self) -> u64;
@@ -284,9 +319,20 @@ pub trait Engine {
     /// comes during it makes it return. Valid as long as the engine is.
     fn kick_byte(&self) -> core::ptr::NonNull<core::sync::atomic::AtomicU8>;
 
-    /// File descriptors of the engine, which the program must neither use nor
-    /// close. They do not change while the engine lives, and none of them can
-    /// be opened again through `/proc/self/fd` to any effect. Engines should
+    /// File descriptors of the engine and its siblings, which the program must
+    /// neither use nor close. They change by [`Engine::seed`], [`Seed::grow`]
+    /// and [`Engine::renew`] alone, and none of them can be opened again through `/proc/self/fd` to any effect. Engines should
     /// move them out of the program's way with [`crate::host::move_fd_high`].
     fn fds(&self) -> Vec<std::os::fd::RawFd>;
+}
+
+/// An engine to be, on its way to the thread that will use it.
+pub trait Seed: Send {
+    /// The engine, for the calling thread. Its extended state is as after
+    /// `execve`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no further virtual CPU.
+    fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError>;
 }

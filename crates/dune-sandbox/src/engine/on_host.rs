@@ -48,11 +48,12 @@ mod arenas;
 mod layout;
 mod machine;
 
-use core::mem::offset_of;
+use core::mem::{ManuallyDrop, offset_of};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
 use std::os::fd::RawFd;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
@@ -61,9 +62,10 @@ use dune_x86::trap::vector;
 use kvm_bindings::kvm_regs;
 
 use self::arenas::{Handle, Memory, Short, WINDOW};
-use self::layout::{Frame, Stub};
-use self::machine::{Exit, KVM_XSAVE_BYTES, Machine};
-use super::{Access, Engine, EngineError, PageFaultError, Trap, UserRegs, UserState};
+use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
+use self::machine::{Exit, KVM_XSAVE_BYTES, Machine, Vm};
+use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use crate::host;
 use crate::range::PageRange;
 
 const PAGE: u64 = 4096;
@@ -89,24 +91,167 @@ enum Stand {
     Ring0,
 }
 
-/// The engine. See the module documentation.
-///
-/// Fields are dropped in order: the vCPU and the VM before their memory.
+/// The engine of one thread. See the module documentation.
 #[derive(Debug)]
 pub struct OnHost {
-    machine: Machine,
-    tables: PageTable<Handle, Handle>,
-    memory: Rc<Memory>,
-    stack: NonNull<u8>,
-    scratch: NonNull<u8>,
-    stand: Stand,
-    /// The segment bases that the vCPU has.
-    bases: (u64, u64),
+    shared: Arc<Shared>,
+    /// Always there; given back to the others when the engine goes.
+    cpu: ManuallyDrop<Cpu>,
     /// The address that follows what was admitted last, and how much that was.
     ahead: (u64, u64),
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+}
+
+/// What the engines of a program's threads share.
+///
+/// Fields are dropped in order: the vCPUs and the VM before their memory.
+#[derive(Debug)]
+struct Shared {
+    /// vCPUs of threads that have ended: they live as long as their VM.
+    idle: Mutex<Vec<Cpu>>,
+    /// All vCPUs that there are.
+    made: Mutex<Vec<Made>>,
+    vm: Vm,
+    guest: Mutex<Guest>,
+}
+
+/// The guest's memory and page tables.
+#[derive(Debug)]
+struct Guest {
+    tables: PageTable<Handle, Handle>,
+    memory: Rc<Memory>,
+}
+
+// SAFETY: all handles to the memory are in this one value, and it is reached
+// through its mutex only.
+unsafe impl Send for Guest {}
+
+/// What must be given up in the child of a `fork`.
+#[derive(Clone, Copy, Debug)]
+struct Made {
+    fd: RawFd,
+    /// Address and length of the area that KVM shares.
+    area: (usize, usize),
+}
+
+/// One vCPU with its pages.
+#[derive(Debug)]
+struct Cpu {
+    machine: Machine,
+    index: CpuIndex,
+    stack: NonNull<u8>,
+    scratch: NonNull<u8>,
+    stand: Stand,
+    /// The segment bases that the vCPU has.
+    bases: (u64, u64),
+}
+
+// SAFETY: the pages belong to the vCPU, and nothing of it to a thread.
+unsafe impl Send for Cpu {}
+
+impl Shared {
+    fn new() -> Result<Self, EngineError> {
+        let vm = Vm::new()?;
+        let memory = Rc::new(Memory::new(vm.fd(), vm.physical_bits()));
+        let handle = Handle(Rc::clone(&memory));
+        let tables = PageTable::new(handle.clone(), handle).map_err(|_| no_tables(&memory))?;
+        let guest = Guest { tables, memory };
+        let user = PteFlags::USER;
+        fill(
+            guest.guard_page(layout::USER_CODE, PteFlags::RX | user)?,
+            &layout::user_code(),
+        );
+        fill(
+            guest.guard_page(layout::RING0_CODE, PteFlags::RX)?,
+            &layout::ring0_code(),
+        );
+        fill(
+            guest.guard_page(layout::DESCRIPTORS, PteFlags::R)?,
+            &layout::descriptors(),
+        );
+        Ok(Self {
+            idle: Mutex::default(),
+            made: Mutex::default(),
+            vm,
+            guest: Mutex::new(guest),
+        })
+    }
+
+    fn guest(&self) -> MutexGuard<'_, Guest> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A vCPU that nobody uses, an old one if there is any.
+    fn cpu(&self) -> Result<Cpu, EngineError> {
+        let idle = self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let cpu = match idle {
+            Some(cpu) => cpu,
+            None => self.new_cpu()?,
+        };
+        cpu.reset_xstate()?;
+        Ok(cpu)
+    }
+
+    fn new_cpu(&self) -> Result<Cpu, EngineError> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = CpuIndex(made.len() as u32);
+        if index.0 >= MOST_CPUS {
+            return Err(EngineError::NoMemory {
+                what: "virtual CPUs",
+            });
+        }
+        let machine = Machine::new(&self.vm, index)?;
+        let guest = self.guest();
+        fill(
+            guest.guard_page(index.task(), PteFlags::R)?,
+            &layout::task(index),
+        );
+        let stack = guest.guard_page(index.stack(), PteFlags::RW)?;
+        let scratch = guest.guard_page(index.scratch(), PteFlags::RW | PteFlags::USER)?;
+        // SAFETY: nothing but the guard's pages and the program's memory
+        // (`admit`) is ever mapped.
+        unsafe { machine.set_up(index, guest.tables.root()) }?;
+        made.push(Made {
+            fd: machine.fd(),
+            area: machine.shared_area(),
+        });
+        Ok(Cpu {
+            machine,
+            index,
+            stack,
+            scratch,
+            stand: Stand::Ring3,
+            bases: (0, 0),
+        })
+    }
+
+    /// Gives up, in the child of a `fork`, what belongs to the parent: other
+    /// threads' parts too, which nobody else will give up here.
+    ///
+    /// # Safety
+    ///
+    /// This value and everything made by it must be forgotten, not dropped.
+    unsafe fn abandon(&self) {
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        for made in made.iter() {
+            let (start, len) = made.area;
+            // SAFETY: the area of a vCPU that nobody will use.
+            let _ = unsafe { dune_kvm::sys::unmap(start as *mut u8, len) };
+            host::close(made.fd);
+        }
+        host::close(self.vm.fd());
+        // Taken by another thread at the moment of the fork: that thread is not
+        // here to give it back, and the memory stays.
+        if let Ok(guest) = self.guest.try_lock() {
+            guest.memory.unmap_arenas();
+        }
+    }
 }
 
 impl OnHost {
@@ -118,50 +263,29 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        let machine = Machine::new()?;
-        let memory = Rc::new(Memory::new(machine.vm_fd(), machine.physical_bits()));
-        let handle = Handle(Rc::clone(&memory));
-        let tables = PageTable::new(handle.clone(), handle).map_err(|_| no_tables(&memory))?;
-        let guard = |page: u64, flags: PteFlags| guard_page(&memory, &tables, page, flags);
-        let user = PteFlags::USER;
-        fill(
-            guard(layout::USER_CODE, PteFlags::RX | user)?,
-            &layout::user_code(),
-        );
-        fill(
-            guard(layout::RING0_CODE, PteFlags::RX)?,
-            &layout::ring0_code(),
-        );
-        fill(
-            guard(layout::DESCRIPTORS, PteFlags::R)?,
-            &layout::descriptors(),
-        );
-        fill(guard(layout::TASK, PteFlags::R)?, &layout::task());
-        let stack = guard(layout::STACK, PteFlags::RW)?;
-        let scratch = guard(layout::SCRATCH, PteFlags::RW | user)?;
-        // SAFETY: nothing but the guard's pages is mapped yet, and what is
-        // mapped later is the program's (`admit`).
-        unsafe { machine.set_up(tables.root()) }?;
-        let mut engine = Self {
-            machine,
-            tables,
-            memory,
-            stack,
-            scratch,
-            stand: Stand::Ring3,
-            bases: (0, 0),
+        let shared = Arc::new(Shared::new()?);
+        let cpu = shared.cpu()?;
+        Ok(Self::with(shared, cpu))
+    }
+
+    fn with(shared: Arc<Shared>, cpu: Cpu) -> Self {
+        Self {
+            shared,
+            cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
-        };
-        engine.reset_xstate()?;
-        Ok(engine)
+        }
+    }
+
+    fn user_address(&self, gpa: u64) -> Option<u64> {
+        self.shared.guest().memory.user_address(gpa)
     }
 
     /// Gives the vCPU the program's registers.
     fn load(&mut self, user: &UserState) -> Result<(), EngineError> {
         let mut regs = to_kvm(&user.regs);
         regs.rflags = sanitised(user.regs.rflags);
-        match self.stand {
+        match self.cpu.stand {
             Stand::Ring3 => {}
             Stand::Ring0 => {
                 self.write_frame(&Frame {
@@ -173,18 +297,19 @@ impl OnHost {
                     ss: u64::from(USER_SS),
                 });
                 regs.rip = layout::iretq();
-                regs.rsp = layout::IRETQ_FRAME;
+                regs.rsp = self.cpu.index.iretq_frame();
                 regs.rflags = RFLAGS_FIXED;
             }
         }
-        self.machine.set_regs(&regs);
+        self.cpu.machine.set_regs(&regs);
         let bases = (user.fs_base, user.gs_base);
-        if bases != self.bases {
+        if bases != self.cpu.bases {
             const MSR_FS_BASE: u32 = 0xc000_0100;
             const MSR_GS_BASE: u32 = 0xc000_0101;
-            self.machine
+            self.cpu
+                .machine
                 .set_msrs(&[(MSR_FS_BASE, bases.0), (MSR_GS_BASE, bases.1)])?;
-            self.bases = bases;
+            self.cpu.bases = bases;
         }
         Ok(())
     }
@@ -194,10 +319,10 @@ impl OnHost {
     fn enter(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
         let mut interrupted = false;
         let trap = loop {
-            match self.machine.enter()? {
+            match self.cpu.machine.enter()? {
                 Exit::Interrupted => {
                     // SAFETY: the byte is in the area that the machine owns.
-                    let kick = unsafe { self.machine.kick_byte().as_ref() };
+                    let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
                     interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
                     if interrupted && self.at_rest_in_ring3()? {
                         interrupted = false;
@@ -216,10 +341,10 @@ impl OnHost {
                     self.store_regs(user, &regs);
                     let mut error = PageFaultError::USER;
                     error.set(PageFaultError::WRITE, write);
-                    let addr = self.memory.user_address(gpa).unwrap_or(regs.rip);
+                    let addr = self.user_address(gpa).unwrap_or(regs.rip);
                     break Trap::HostFault { addr, error };
                 }
-                Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.memory.user_address(gpa)) {
+                Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.user_address(gpa)) {
                     Some(addr) => {
                         self.store(user);
                         break Trap::HostFault {
@@ -235,7 +360,7 @@ impl OnHost {
         if interrupted {
             // The stub had to finish first: the next run starts with this.
             // SAFETY: as above.
-            unsafe { self.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
+            unsafe { self.cpu.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
         }
         Ok(trap)
     }
@@ -243,11 +368,11 @@ impl OnHost {
     /// Whether the registers are the program's: not in the middle of a stub,
     /// and no exception on its way to one.
     fn at_rest_in_ring3(&self) -> Result<bool, EngineError> {
-        let rip = self.machine.regs().rip;
+        let rip = self.cpu.machine.regs().rip;
         if layout::is_ring0_code(rip) || layout::is_user_code(rip) {
             return Ok(false);
         }
-        Ok(!self.machine.exception_is_pending()?)
+        Ok(!self.cpu.machine.exception_is_pending()?)
     }
 
     /// Finishes an access that KVM exited for, so that it does not disturb the
@@ -259,12 +384,12 @@ impl OnHost {
     fn settle(&mut self) -> Result<kvm_regs, EngineError> {
         /// More than the pieces of any access.
         const MOST_PIECES: u32 = 64;
-        let regs = self.machine.regs();
+        let regs = self.cpu.machine.regs();
         // SAFETY: the byte is in the area that the machine owns.
-        let kick = unsafe { self.machine.kick_byte().as_ref() };
+        let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
         for _ in 0..MOST_PIECES {
             kick.store(1, Ordering::SeqCst);
-            if self.machine.enter()? == Exit::Interrupted {
+            if self.cpu.machine.enter()? == Exit::Interrupted {
                 return Ok(regs);
             }
         }
@@ -281,7 +406,9 @@ impl OnHost {
     /// program needs them.
     fn suspect_everything(&mut self) -> Result<(), EngineError> {
         self.suspicion += 1;
-        self.unmap(virt_range(0, crate::range::USER_HI))
+        self.shared
+            .guest()
+            .unmap(virt_range(0, crate::range::USER_HI))
     }
 
     fn page_fault(&mut self, addr: u64, error: PageFaultError) -> Trap {
@@ -299,24 +426,24 @@ impl OnHost {
     }
 
     fn after_out(&mut self, port: u16, user: &mut UserState) -> Result<Trap, EngineError> {
-        let regs = self.machine.regs();
-        let segments = self.machine.segments();
+        let regs = self.cpu.machine.regs();
+        let segments = self.cpu.machine.segments();
         let ring0 = segments.cs == KERNEL_CS;
-        let landing = self.machine.landing();
+        let landing = self.cpu.machine.landing();
         let stub = (port == u16::from(layout::PORT))
             .then(|| layout::stub_at(regs.rip, landing))
             .flatten();
         match stub {
             Some(Stub::Exception(vector)) if ring0 => {
-                self.stand = Stand::Ring0;
+                self.cpu.stand = Stand::Ring0;
                 self.exception(vector, user)
             }
             // A weak KVM that has to interpret a SYSCALL, as it does when rsp
             // is not canonical, gets to ring 0 after all.
             Some(Stub::Syscall) => {
-                self.stand = if ring0 { Stand::Ring0 } else { Stand::Ring3 };
-                self.bases = (segments.fs_base, segments.gs_base);
-                store_all(user, &regs, self.bases);
+                self.cpu.stand = if ring0 { Stand::Ring0 } else { Stand::Ring3 };
+                self.cpu.bases = (segments.fs_base, segments.gs_base);
+                store_all(user, &regs, self.cpu.bases);
                 user.regs.rip = regs.rcx;
                 user.regs.rflags = sanitised(regs.r11);
                 if !ring0 && segments.cs != USER_CS || !is_lower_half(regs.rcx) {
@@ -337,8 +464,8 @@ impl OnHost {
     }
 
     fn exception(&mut self, number: u8, user: &mut UserState) -> Result<Trap, EngineError> {
-        let regs = self.machine.regs();
-        let segments = self.machine.segments();
+        let regs = self.cpu.machine.regs();
+        let segments = self.cpu.machine.segments();
         let frame = self.read_frame();
         if frame.cs & 3 != 3 {
             return Err(EngineError::Stopped {
@@ -346,8 +473,8 @@ impl OnHost {
                 rip: frame.rip,
             });
         }
-        self.bases = (segments.fs_base, segments.gs_base);
-        store_all(user, &regs, self.bases);
+        self.cpu.bases = (segments.fs_base, segments.gs_base);
+        store_all(user, &regs, self.cpu.bases);
         user.regs.rip = frame.rip;
         user.regs.rsp = frame.rsp;
         user.regs.rflags = sanitised(frame.rflags);
@@ -378,7 +505,7 @@ impl OnHost {
             vector::DEBUG => Trap::Exception {
                 vector: number,
                 error: 0,
-                dr6: self.machine.take_dr6()?,
+                dr6: self.cpu.machine.take_dr6()?,
             },
             _ => Trap::Exception {
                 vector: number,
@@ -398,35 +525,266 @@ impl OnHost {
         };
         EngineError::Stopped {
             what,
-            rip: self.machine.regs().rip,
+            rip: self.cpu.machine.regs().rip,
         }
     }
 
     /// The program's state, from a vCPU that stands at ring 3.
     fn store(&mut self, user: &mut UserState) {
-        let regs = self.machine.regs();
+        let regs = self.cpu.machine.regs();
         self.store_regs(user, &regs);
     }
 
     fn store_regs(&mut self, user: &mut UserState, regs: &kvm_regs) {
-        let segments = self.machine.segments();
-        self.stand = Stand::Ring3;
-        self.bases = (segments.fs_base, segments.gs_base);
-        store_all(user, regs, self.bases);
+        let segments = self.cpu.machine.segments();
+        self.cpu.stand = Stand::Ring3;
+        self.cpu.bases = (segments.fs_base, segments.gs_base);
+        store_all(user, regs, self.cpu.bases);
     }
 
     fn write_frame(&mut self, frame: &Frame) {
         // SAFETY: the offset lies in the stack's page, at its end.
-        let at = unsafe { self.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
+        let at = unsafe { self.cpu.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
         // SAFETY: ring 3 cannot reach the page, and ring 0 does not run now.
         unsafe { at.as_ptr().write_volatile(*frame) };
     }
 
     fn read_frame(&self) -> Frame {
         // SAFETY: the offset lies in the stack's page, at its end.
-        let at = unsafe { self.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
+        let at = unsafe { self.cpu.stack.add(layout::FRAME_OFFSET) }.cast::<Frame>();
         // SAFETY: ring 3 cannot reach the page, and ring 0 does not run now.
         unsafe { at.as_ptr().read_volatile() }
+    }
+
+    /// What to admit for a fault at `addr` in `area`: the block around it, and
+    /// twice as much as last time if it follows on what was admitted then.
+    fn extent(&mut self, addr: u64, area: PageRange) -> PageRange {
+        let page = addr & !(PAGE - 1);
+        let (expected, last) = self.ahead;
+        let follows = page == expected && page & (BLOCK - 1) == 0;
+        let len = if follows {
+            (last * 2).min(MOST_AHEAD)
+        } else {
+            BLOCK
+        };
+        let block = page & !(BLOCK - 1);
+        let start = block.max(area.start());
+        let end = (block + len).min(area.end());
+        self.ahead = (end, len);
+        PageRange::new(start, end - start).unwrap_or(area)
+    }
+
+    /// Runs one of the snippets that work on the extended state, which ring 3
+    /// has to do by itself where KVM's requests do not carry all of it.
+    fn run_snippet(&mut self, rip: u64) -> Result<(), EngineError> {
+        let mask = self.cpu.machine.xstate().xcr0;
+        let mut user = UserState {
+            regs: UserRegs {
+                rax: mask & 0xffff_ffff,
+                rdx: mask >> 32,
+                rdi: self.cpu.index.scratch(),
+                rip,
+                ..UserRegs::default()
+            },
+            fs_base: self.cpu.bases.0,
+            gs_base: self.cpu.bases.1,
+        };
+        self.load(&user)?;
+        let mut interrupted = false;
+        let exit = loop {
+            match self.cpu.machine.enter()? {
+                Exit::Interrupted => {
+                    // SAFETY: the byte is in the area that the machine owns.
+                    let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
+                    interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
+                }
+                exit => break exit,
+            }
+        };
+        if interrupted {
+            // SAFETY: as above.
+            unsafe { self.cpu.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
+        }
+        let end = self.cpu.machine.regs().rip;
+        let at_end = layout::stub_at(end, self.cpu.machine.landing()) == Some(Stub::XState);
+        if at_end && exit == Exit::Out(u16::from(layout::PORT)) {
+            self.store(&mut user);
+            return Ok(());
+        }
+        Err(EngineError::Stopped {
+            what: format!("{exit:?} instead of the extended state"),
+            rip: end,
+        })
+    }
+}
+
+impl Engine for OnHost {
+    fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
+        // SAFETY: the byte is in the area that the machine owns.
+        let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
+        if kick.swap(0, Ordering::SeqCst) != 0 {
+            return Ok(Trap::Interrupted);
+        }
+        if !is_lower_half(user.regs.rip) {
+            // IRETQ would fault at ring 0; for the program it is the fault of
+            // the jump that led there.
+            return Ok(general_protection());
+        }
+        self.load(user)?;
+        self.enter(user)
+    }
+
+    fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
+        let extent = self.extent(addr, area);
+        self.shared.guest().map(extent, user_flags(access))
+    }
+
+    fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
+        self.shared
+            .guest()
+            .unmap(virt_range(range.start(), range.end()))
+    }
+
+    fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
+        Ok(Box::new(Sown {
+            cpu: self.shared.cpu()?,
+            shared: Arc::clone(&self.shared),
+        }))
+    }
+
+    fn renew(&mut self) -> Result<(), EngineError> {
+        // SAFETY: the old engine is forgotten below, also if there is no new
+        // one: then the process ends, as the trait says.
+        unsafe { self.shared.abandon() };
+        let new = Self::new();
+        let old = core::mem::replace(self, new?);
+        core::mem::forget(old);
+        Ok(())
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.cpu.machine.xstate().xcr0
+    }
+
+    fn xstate_len(&self) -> usize {
+        self.cpu.machine.xstate().len
+    }
+
+    fn save_xstate(&mut self, area: &mut [u8]) -> Result<(), EngineError> {
+        let len = self.xstate_len().min(area.len());
+        if self.cpu.machine.xstate().kvm_carries_it {
+            let mut state = [0; KVM_XSAVE_BYTES];
+            self.cpu.machine.xsave(&mut state)?;
+            area[..len].copy_from_slice(&state[..len]);
+            return Ok(());
+        }
+        // XSAVE leaves the header's reserved bytes and the components in their
+        // initial state as they are.
+        // SAFETY: the page is the guest's scratch, and the guest does not run.
+        unsafe { self.cpu.scratch.write_bytes(0, PAGE as usize) };
+        self.run_snippet(layout::save())?;
+        // SAFETY: a copy of bytes; what they are is the program's business.
+        unsafe { self.cpu.scratch.copy_to_nonoverlapping(non_null(area), len) };
+        Ok(())
+    }
+
+    fn load_xstate(&mut self, area: &[u8]) -> Result<(), EngineError> {
+        let len = self.xstate_len().min(area.len());
+        if self.cpu.machine.xstate().kvm_carries_it {
+            let mut state = [0; KVM_XSAVE_BYTES];
+            state[..len].copy_from_slice(&area[..len]);
+            return self.cpu.machine.set_xsave(&state);
+        }
+        // SAFETY: the page is the guest's scratch, and the guest does not run.
+        unsafe {
+            self.cpu
+                .scratch
+                .as_ptr()
+                .copy_from_nonoverlapping(area.as_ptr(), len)
+        };
+        self.run_snippet(layout::restore())
+    }
+
+    fn reset_xstate(&mut self) -> Result<(), EngineError> {
+        self.cpu.reset_xstate()
+    }
+
+    fn kick_byte(&self) -> NonNull<AtomicU8> {
+        self.cpu.machine.kick_byte()
+    }
+
+    fn fds(&self) -> Vec<RawFd> {
+        let made = self
+            .shared
+            .made
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let vcpus = made.iter().map(|made| made.fd);
+        vcpus.chain([self.shared.vm.fd()]).collect()
+    }
+}
+
+impl Drop for OnHost {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here.
+        let cpu = unsafe { ManuallyDrop::take(&mut self.cpu) };
+        let mut idle = self
+            .shared
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        idle.push(cpu);
+    }
+}
+
+/// A vCPU on its way to its thread.
+struct Sown {
+    cpu: Cpu,
+    shared: Arc<Shared>,
+}
+
+impl Seed for Sown {
+    fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        let Self { cpu, shared } = *self;
+        Ok(Box::new(OnHost::with(shared, cpu)))
+    }
+}
+
+impl Cpu {
+    fn reset_xstate(&self) -> Result<(), EngineError> {
+        const FCW: usize = 0;
+        const MXCSR: usize = 24;
+        const MXCSR_MASK: usize = 28;
+        const XSTATE_BV: usize = 512;
+        let mut state = [0; KVM_XSAVE_BYTES];
+        state[FCW..FCW + 2].copy_from_slice(&0x37f_u16.to_le_bytes());
+        state[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        state[MXCSR_MASK..MXCSR_MASK + 4].copy_from_slice(&0xffff_u32.to_le_bytes());
+        // X87 and SSE are given; everything else is in its initial state.
+        state[XSTATE_BV] = 3;
+        self.machine.set_xsave(&state)
+    }
+}
+
+impl Guest {
+    /// Maps a fresh page of the guard at `virt`.
+    fn guard_page(&self, virt: u64, flags: PteFlags) -> Result<NonNull<u8>, EngineError> {
+        use dune_x86::paging::FrameAllocator;
+        let frame = self
+            .tables
+            .tables()
+            .allocate_table()
+            .ok_or_else(|| no_tables(&self.memory))?;
+        let used = PteFlags::ACCESSED | PteFlags::DIRTY;
+        self.tables
+            .map(
+                GuestVirt::new_truncate(virt),
+                frame,
+                PageSize::Size4KiB,
+                flags | used,
+            )
+            .map_err(|_| no_tables(&self.memory))?;
+        Ok(self.memory.frame(frame))
     }
 
     /// Maps `range`, a window at a time.
@@ -471,181 +829,6 @@ impl OnHost {
         flush.ignore(NoFlush::CoveredByLargerFlush);
         Ok(())
     }
-
-    /// What to admit for a fault at `addr` in `area`: the block around it, and
-    /// twice as much as last time if it follows on what was admitted then.
-    fn extent(&mut self, addr: u64, area: PageRange) -> PageRange {
-        let page = addr & !(PAGE - 1);
-        let (expected, last) = self.ahead;
-        let follows = page == expected && page & (BLOCK - 1) == 0;
-        let len = if follows {
-            (last * 2).min(MOST_AHEAD)
-        } else {
-            BLOCK
-        };
-        let block = page & !(BLOCK - 1);
-        let start = block.max(area.start());
-        let end = (block + len).min(area.end());
-        self.ahead = (end, len);
-        PageRange::new(start, end - start).unwrap_or(area)
-    }
-
-    /// Runs one of the snippets that work on the extended state, which ring 3
-    /// has to do by itself where KVM's requests do not carry all of it.
-    fn run_snippet(&mut self, rip: u64) -> Result<(), EngineError> {
-        let mask = self.machine.xstate().xcr0;
-        let mut user = UserState {
-            regs: UserRegs {
-                rax: mask & 0xffff_ffff,
-                rdx: mask >> 32,
-                rdi: layout::SCRATCH,
-                rip,
-                ..UserRegs::default()
-            },
-            fs_base: self.bases.0,
-            gs_base: self.bases.1,
-        };
-        self.load(&user)?;
-        let mut interrupted = false;
-        let exit = loop {
-            match self.machine.enter()? {
-                Exit::Interrupted => {
-                    // SAFETY: the byte is in the area that the machine owns.
-                    let kick = unsafe { self.machine.kick_byte().as_ref() };
-                    interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
-                }
-                exit => break exit,
-            }
-        };
-        if interrupted {
-            // SAFETY: as above.
-            unsafe { self.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
-        }
-        let end = self.machine.regs().rip;
-        let at_end = layout::stub_at(end, self.machine.landing()) == Some(Stub::XState);
-        if at_end && exit == Exit::Out(u16::from(layout::PORT)) {
-            self.store(&mut user);
-            return Ok(());
-        }
-        Err(EngineError::Stopped {
-            what: format!("{exit:?} instead of the extended state"),
-            rip: end,
-        })
-    }
-}
-
-impl Engine for OnHost {
-    fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
-        // SAFETY: the byte is in the area that the machine owns.
-        let kick = unsafe { self.machine.kick_byte().as_ref() };
-        if kick.swap(0, Ordering::SeqCst) != 0 {
-            return Ok(Trap::Interrupted);
-        }
-        if !is_lower_half(user.regs.rip) {
-            // IRETQ would fault at ring 0; for the program it is the fault of
-            // the jump that led there.
-            return Ok(general_protection());
-        }
-        self.load(user)?;
-        self.enter(user)
-    }
-
-    fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
-        let extent = self.extent(addr, area);
-        self.map(extent, user_flags(access))
-    }
-
-    fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
-        self.unmap(virt_range(range.start(), range.end()))
-    }
-
-    fn xcr0(&self) -> u64 {
-        self.machine.xstate().xcr0
-    }
-
-    fn xstate_len(&self) -> usize {
-        self.machine.xstate().len
-    }
-
-    fn save_xstate(&mut self, area: &mut [u8]) -> Result<(), EngineError> {
-        let len = self.xstate_len().min(area.len());
-        if self.machine.xstate().kvm_carries_it {
-            let mut state = [0; KVM_XSAVE_BYTES];
-            self.machine.xsave(&mut state)?;
-            area[..len].copy_from_slice(&state[..len]);
-            return Ok(());
-        }
-        // XSAVE leaves the header's reserved bytes and the components in their
-        // initial state as they are.
-        // SAFETY: the page is the guest's scratch, and the guest does not run.
-        unsafe { self.scratch.write_bytes(0, PAGE as usize) };
-        self.run_snippet(layout::save())?;
-        // SAFETY: a copy of bytes; what they are is the program's business.
-        unsafe { self.scratch.copy_to_nonoverlapping(non_null(area), len) };
-        Ok(())
-    }
-
-    fn load_xstate(&mut self, area: &[u8]) -> Result<(), EngineError> {
-        let len = self.xstate_len().min(area.len());
-        if self.machine.xstate().kvm_carries_it {
-            let mut state = [0; KVM_XSAVE_BYTES];
-            state[..len].copy_from_slice(&area[..len]);
-            return self.machine.set_xsave(&state);
-        }
-        // SAFETY: the page is the guest's scratch, and the guest does not run.
-        unsafe {
-            self.scratch
-                .as_ptr()
-                .copy_from_nonoverlapping(area.as_ptr(), len)
-        };
-        self.run_snippet(layout::restore())
-    }
-
-    fn reset_xstate(&mut self) -> Result<(), EngineError> {
-        const FCW: usize = 0;
-        const MXCSR: usize = 24;
-        const MXCSR_MASK: usize = 28;
-        const XSTATE_BV: usize = 512;
-        let mut state = [0; KVM_XSAVE_BYTES];
-        state[FCW..FCW + 2].copy_from_slice(&0x37f_u16.to_le_bytes());
-        state[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80_u32.to_le_bytes());
-        state[MXCSR_MASK..MXCSR_MASK + 4].copy_from_slice(&0xffff_u32.to_le_bytes());
-        // X87 and SSE are given; everything else is in its initial state.
-        state[XSTATE_BV] = 3;
-        self.machine.set_xsave(&state)
-    }
-
-    fn kick_byte(&self) -> NonNull<AtomicU8> {
-        self.machine.kick_byte()
-    }
-
-    fn fds(&self) -> Vec<RawFd> {
-        self.machine.fds()
-    }
-}
-
-/// Maps a fresh page of the guard at `virt`.
-fn guard_page(
-    memory: &Memory,
-    tables: &PageTable<Handle, Handle>,
-    virt: u64,
-    flags: PteFlags,
-) -> Result<NonNull<u8>, EngineError> {
-    use dune_x86::paging::FrameAllocator;
-    let frame = tables
-        .tables()
-        .allocate_table()
-        .ok_or_else(|| no_tables(memory))?;
-    let used = PteFlags::ACCESSED | PteFlags::DIRTY;
-    tables
-        .map(
-            GuestVirt::new_truncate(virt),
-            frame,
-            PageSize::Size4KiB,
-            flags | used,
-        )
-        .map_err(|_| no_tables(memory))?;
-    Ok(memory.frame(frame))
 }
 
 fn fill(page: NonNull<u8>, contents: &[u8; PAGE as usize]) {

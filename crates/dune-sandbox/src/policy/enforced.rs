@@ -7,6 +7,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::tasks::{Slot, Tasks};
 use super::{Refusal, Remedy, Rules};
 use crate::host::Errno;
 
@@ -23,6 +24,7 @@ pub(crate) struct Enforced {
     checks: bool,
     /// Where each refusal is explained as it occurs.
     explain: Option<Arc<File>>,
+    tasks: Option<Tasks>,
     refused: Mutex<Refused>,
 }
 
@@ -39,7 +41,46 @@ impl Enforced {
             rules,
             checks,
             explain,
+            tasks: None,
             refused: Mutex::default(),
+        }
+    }
+
+    /// Limits the number of tasks as the rules say; this process is the first.
+    ///
+    /// # Errors
+    ///
+    /// If there is no memory to count them in.
+    pub(crate) fn count_tasks(mut self) -> Result<Self, Errno> {
+        if let Some(limit) = self.rules.limits.processes {
+            self.tasks = Some(Tasks::new(limit, std::process::id())?);
+        }
+        Ok(self)
+    }
+
+    /// Room for one more thread or process.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN`.
+    pub(crate) fn take_task(&self) -> Result<Option<Slot>, Errno> {
+        let Some(tasks) = &self.tasks else {
+            return Ok(None);
+        };
+        match tasks.take() {
+            Some(slot) => Ok(Some(slot)),
+            None => Err(self.refuse(
+                "one more thread or process".to_owned(),
+                Remedy::Processes,
+                Errno::EAGAIN,
+            )),
+        }
+    }
+
+    /// The task was made, or not.
+    pub(crate) fn settle_task(&self, slot: Option<Slot>, made: Result<u32, Errno>) {
+        if let (Some(tasks), Some(slot)) = (&self.tasks, slot) {
+            tasks.settle(slot, made.ok());
         }
     }
 

@@ -34,6 +34,7 @@ pub mod needed;
 pub mod net;
 pub mod path;
 pub mod refusal;
+pub(crate) mod tasks;
 pub mod text;
 pub mod uses;
 

@@ -11,7 +11,7 @@ use crate::signal::{
     Action, AltStack, DefaultAction, Disposition, SI_KERNEL, SIGBUS, SIGFPE, SIGILL, SIGSEGV,
     SIGTRAP, SS_AUTODISARM, SigInfo, UNBLOCKABLE, bit, default_action, host, record,
 };
-use crate::table::{Call, Restart};
+use crate::table::Restart;
 
 /// TF, DF and RF are clear when a handler starts.
 const FLAGS_CLEARED: u64 = (1 << 8) | (1 << 10) | (1 << 16);
@@ -34,7 +34,7 @@ mod code {
 /// A system call that may have been interrupted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Interrupted {
-    pub(crate) call: &'static Call,
+    pub(crate) restart: Restart,
     /// What `rax` held when it was made.
     pub(crate) rax: u64,
     pub(crate) errno: Errno,
@@ -44,7 +44,7 @@ impl Interrupted {
     /// Whether it must start again after a handler with `action`.
     fn restarts(&self, action: &Action) -> bool {
         self.errno == Errno::ERESTARTSYS
-            || (self.call.restart == Restart::IfHandlerSaysSo && action.has(SA_RESTART))
+            || (self.restart == Restart::IfHandlerSaysSo && action.has(SA_RESTART))
     }
 }
 
@@ -57,7 +57,7 @@ impl Guard {
         user: &mut UserState,
         interrupted: Option<Interrupted>,
     ) -> Resume {
-        let Some(info) = record::take() else {
+        let Some(info) = self.next_signal() else {
             if let Some(interrupted) = interrupted {
                 rewind(user, &interrupted);
             }
@@ -91,6 +91,20 @@ impl Guard {
                     Resume::Continue
                 }
             },
+        }
+    }
+
+    /// The signal to deliver, if any is noted or was held and is not any more.
+    fn next_signal(&mut self) -> Option<SigInfo> {
+        let is_held = self.signals.mask & bit(record::KICK) != 0;
+        match record::take() {
+            Some(info) if is_held && info.signal() == record::KICK => {
+                self.signals.held = Some(info);
+                host::set_mask(self.signals.mask);
+                None
+            }
+            None if !is_held => self.signals.held.take(),
+            info => info,
         }
     }
 

@@ -8,14 +8,14 @@
 use core::arch::naked_asm;
 
 use linux_raw_sys::general::{
-    __NR_getpid, __NR_gettid, __NR_prlimit64, __NR_rt_sigaction, __NR_rt_sigprocmask,
-    __NR_rt_sigreturn, __NR_tgkill, RLIMIT_CORE, SA_NOCLDSTOP, SA_NOCLDWAIT, SA_RESTORER,
-    SA_SIGINFO,
+    __NR_exit_group, __NR_getpid, __NR_gettid, __NR_prlimit64, __NR_rt_sigaction,
+    __NR_rt_sigprocmask, __NR_rt_sigreturn, __NR_rt_tgsigqueueinfo, __NR_tgkill, RLIMIT_CORE,
+    SA_NOCLDSTOP, SA_NOCLDWAIT, SA_RESTORER, SA_SIGINFO,
 };
 
 use crate::host::{SysResult, syscall};
-use crate::signal::record::{call_interruptible, recorder, take};
-use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SIGNALS, SigSet};
+use crate::signal::record::{KICK, call_interruptible, kick_info, recorder, take, take_kick};
+use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SIGNALS, SigSet, bit};
 
 /// Bytes of the kernel's signal set.
 const SIGSET_LEN: u64 = 8;
@@ -40,6 +40,10 @@ pub(crate) fn disposition(signal: u32) -> Option<Action> {
 
 /// Gives `signal` its default action.
 pub(crate) fn set_default(signal: u32) {
+    if signal == KICK {
+        listen_to_kicks();
+        return;
+    }
     // Fails only for signals whose action cannot be changed.
     let _ = set(
         signal,
@@ -53,6 +57,11 @@ pub(crate) fn set_default(signal: u32) {
 /// Makes the host process treat `signal` as the program asked by `action`:
 /// default and ignore are the host's own, a handler becomes the recorder.
 pub(crate) fn install(signal: u32, action: &Action) -> SysResult {
+    if signal == KICK {
+        // What the program wants of it is the guard's to do.
+        listen_to_kicks();
+        return Ok(0);
+    }
     let kept = action.flags & u64::from(SA_NOCLDSTOP | SA_NOCLDWAIT);
     match action.disposition() {
         Disposition::Default => set(
@@ -71,21 +80,53 @@ pub(crate) fn install(signal: u32, action: &Action) -> SysResult {
                 ..Action::default()
             },
         ),
-        Disposition::Handler => {
-            let handler: unsafe extern "C" fn(i32, *const crate::signal::SigInfo, *mut u8) =
-                recorder;
-            set(
-                signal,
-                &Action {
-                    handler: handler as usize as u64,
-                    // No SA_RESTART: the guard decides about that.
-                    flags: kept | u64::from(SA_SIGINFO | SA_RESTORER),
-                    restorer: restorer as *const () as usize as u64,
-                    mask: u64::MAX,
-                },
-            )
-        }
+        Disposition::Handler => record_it(signal, kept),
     }
+}
+
+/// Has the recorder note `signal`.
+fn record_it(signal: u32, flags: u64) -> SysResult {
+    let handler: unsafe extern "C" fn(i32, *const crate::signal::SigInfo, *mut u8) = recorder;
+    set(
+        signal,
+        &Action {
+            handler: handler as usize as u64,
+            // No SA_RESTART: the guard decides about that.
+            flags: flags | u64::from(SA_SIGINFO | SA_RESTORER),
+            restorer: restorer as *const () as usize as u64,
+            mask: u64::MAX,
+        },
+    )
+}
+
+/// From now on threads of this process can be kicked.
+pub(crate) fn listen_to_kicks() {
+    // Cannot fail for this signal.
+    let _ = record_it(KICK, 0);
+}
+
+/// Kicks the thread `tid` of the process `pid`, which is this one.
+pub(crate) fn kick(pid: u32, tid: u32) {
+    let info = kick_info();
+    let args = [
+        u64::from(pid),
+        u64::from(tid),
+        u64::from(KICK),
+        (&raw const info).expose_provenance() as u64,
+        0,
+        0,
+    ];
+    // A thread that has ended needs none.
+    // SAFETY: the kernel reads one siginfo; the recorder handles the signal.
+    let _ = unsafe { syscall(__NR_rt_tgsigqueueinfo, args) };
+}
+
+/// Blocks every signal in this thread, until [`set_mask`].
+pub(crate) fn block_all() {
+    let all = u64::MAX;
+    let new = (&raw const all).expose_provenance() as u64;
+    // SAFETY: the kernel reads 8 bytes.
+    let _ = unsafe { syscall(__NR_rt_sigprocmask, [SIG_SETMASK, new, 0, SIGSET_LEN, 0, 0]) };
 }
 
 fn set(signal: u32, action: &Action) -> SysResult {
@@ -100,12 +141,18 @@ fn set(signal: u32, action: &Action) -> SysResult {
     }
 }
 
+/// `set` as the host may have it, to block or to wait for: without the kick.
+pub(crate) const fn mask_for_host(set: SigSet) -> SigSet {
+    set & !bit(KICK)
+}
+
 /// Sets the thread's mask of blocked signals.
 ///
 /// If a signal was noted already, or is before the kernel has changed the
 /// mask, nothing happens: everything stays blocked, and who takes that signal
 /// sets the mask. Were it set here, a second signal would overwrite the first.
 pub(crate) fn set_mask(mask: SigSet) {
+    let mask = mask_for_host(mask);
     let new = (&raw const mask).expose_provenance() as u64;
     // SAFETY: the kernel reads 8 bytes. Otherwise it cannot fail with these
     // arguments.
@@ -136,6 +183,20 @@ pub(crate) fn raise(signal: u32) {
     let _ = unsafe { syscall(__NR_tgkill, [pid, tid, u64::from(signal), 0, 0, 0]) };
 }
 
+/// The id of the calling thread.
+pub(crate) fn thread_id() -> u32 {
+    // SAFETY: no memory. It cannot fail.
+    unsafe { syscall(__NR_gettid, [0; 6]) }.unwrap_or(0) as u32
+}
+
+/// Ends this process at once, with all of its threads.
+pub(crate) fn exit_process(status: u8) -> ! {
+    loop {
+        // SAFETY: nothing runs in this process afterwards.
+        let _ = unsafe { syscall(__NR_exit_group, [u64::from(status), 0, 0, 0, 0, 0]) };
+    }
+}
+
 /// Ends this process by `signal`; returns only if that is one that does not
 /// kill. No other signal may come before it: those that wait are discarded,
 /// whether in the host or noted already.
@@ -148,8 +209,12 @@ pub(crate) fn die_of(signal: u32) {
         // Fails for those that cannot be ignored.
         let _ = set(other, &ignore);
     }
-    set_default(signal);
-    let _ = take();
+    let default = Action {
+        handler: SIG_DFL,
+        ..Action::default()
+    };
+    let _ = set(signal, &default);
+    let _ = (take(), take_kick());
     set_mask(0);
     raise(signal);
 }

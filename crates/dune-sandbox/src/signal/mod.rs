@@ -52,6 +52,9 @@ pub(crate) struct SigInfo {
 
 const _: () = assert!(size_of::<SigInfo>() == 128);
 
+/// `SI_QUEUE`.
+pub(crate) const SI_QUEUE: i32 = -1;
+
 /// `SI_KERNEL`.
 pub(crate) const SI_KERNEL: i32 = 0x80;
 
@@ -209,6 +212,8 @@ pub(crate) struct ThreadSignals {
     /// noted signal waits (then everything is blocked there).
     pub(crate) mask: SigSet,
     pub(crate) altstack: AltStack,
+    /// The program's own [`record::KICK`], which it blocked and the host did not.
+    pub(crate) held: Option<SigInfo>,
 }
 
 impl ThreadSignals {
@@ -217,7 +222,7 @@ impl ThreadSignals {
     pub(crate) fn inherited() -> Self {
         Self {
             mask: host::mask(),
-            altstack: AltStack::default(),
+            ..Self::default()
         }
     }
 }

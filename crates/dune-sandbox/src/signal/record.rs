@@ -23,33 +23,58 @@
 //! instruction, it moves it to the way out: the call has not been made, and
 //! the answer is [`Errno::ERESTARTSYS`].
 //!
-//! The process must have no other thread that takes signals: it is that of the
-//! guard alone, or the others block them all.
+//! Every thread of the program has its own record, in the thread-local storage
+//! of the host thread that runs it. The process must have no other threads that
+//! take signals: those that are not the program's block them all.
+//!
+//! **The kick** is how one thread makes another one look up, wherever it is: a
+//! queued [`KICK`] with a number that only the guard knows. It blocks nothing
+//! and is no signal of the program; a call that waits returns, one that has not
+//! begun is given up, and ring 3 is left.
 
 #![expect(unsafe_code, reason = "signal handler, and a system call with labels")]
 
 use core::arch::naked_asm;
 use core::cell::UnsafeCell;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
 
 use crate::host::{Errno, SysResult, decode};
-use crate::signal::SigInfo;
+use crate::signal::{SI_QUEUE, SIGNALS, SigInfo};
 
-/// 1 while [`SLOT`] holds a signal that the guard has not taken.
-static PENDING: AtomicU8 = AtomicU8::new(0);
+/// What a thread knows of its signals.
+struct Record {
+    /// What waits for the guard: [`SIGNAL`], [`KICKED`].
+    pending: AtomicU8,
+    /// The engine's kick byte, or null.
+    kick: AtomicPtr<AtomicU8>,
+    /// Written by the recorder only while [`SIGNAL`] is clear, read by `take`
+    /// only while it is set; all signals are blocked in between.
+    slot: UnsafeCell<SigInfo>,
+}
 
-/// The engine's kick byte, or null.
-static KICK: AtomicPtr<AtomicU8> = AtomicPtr::new(ptr::null_mut());
+/// The slot holds a signal that the guard has not taken.
+const SIGNAL: u8 = 1;
+/// The thread was kicked.
+const KICKED: u8 = 2;
 
-static SLOT: Slot = Slot(UnsafeCell::new(SigInfo::ZERO));
+// Constant and without a destructor: the recorder may use it at any moment.
+thread_local! {
+    static RECORD: Record = const {
+        Record {
+            pending: AtomicU8::new(0),
+            kick: AtomicPtr::new(ptr::null_mut()),
+            slot: UnsafeCell::new(SigInfo::ZERO),
+        }
+    };
+}
 
-struct Slot(UnsafeCell<SigInfo>);
+/// The number that a kick carries; 0 for none yet.
+static TOKEN: AtomicU64 = AtomicU64::new(0);
 
-// SAFETY: the recorder writes the slot only while PENDING is 0 and sets it
-// afterwards; `take` reads it only while PENDING is 1 and clears it
-// afterwards. All signals are blocked in between (see the module doc).
-unsafe impl Sync for Slot {}
+/// The signal that kicks come by. The program may use it too, but cannot block
+/// it in the host: what it blocked is held by the guard.
+pub(crate) const KICK: u32 = SIGNALS;
 
 /// Offsets in the kernel's `ucontext` of x86-64.
 mod ucontext {
@@ -61,15 +86,55 @@ mod ucontext {
 
 /// Tells the recorder which byte wakes the engine; `None` for no engine.
 pub(crate) fn set_kick(byte: Option<NonNull<AtomicU8>>) {
-    KICK.store(
-        byte.map_or(ptr::null_mut(), NonNull::as_ptr),
-        Ordering::SeqCst,
-    );
+    RECORD.with(|record| {
+        record.kick.store(
+            byte.map_or(ptr::null_mut(), NonNull::as_ptr),
+            Ordering::SeqCst,
+        );
+    });
 }
 
 /// Whether a signal waits to be taken.
 pub(crate) fn is_pending() -> bool {
-    PENDING.load(Ordering::Acquire) != 0
+    RECORD.with(|record| record.pending.load(Ordering::Acquire) & SIGNAL != 0)
+}
+
+/// Whether a kick or a signal waits.
+pub(crate) fn is_disturbed() -> bool {
+    RECORD.with(|record| record.pending.load(Ordering::Acquire) != 0)
+}
+
+/// Whether this thread was kicked since the last look.
+pub(crate) fn take_kick() -> bool {
+    RECORD.with(|record| {
+        record.pending.load(Ordering::Acquire) & KICKED != 0
+            && record.pending.fetch_and(!KICKED, Ordering::AcqRel) & KICKED != 0
+    })
+}
+
+/// Forgets what was noted: in the child of a `fork`, it was the parent's.
+pub(crate) fn forget() {
+    RECORD.with(|record| record.pending.store(0, Ordering::Release));
+}
+
+/// Chooses the number that tells kicks from signals, once in a process.
+pub(crate) fn choose_token(token: u64) {
+    let _ = TOKEN.compare_exchange(0, token.max(1), Ordering::AcqRel, Ordering::Relaxed);
+}
+
+/// The `siginfo` of a kick.
+pub(crate) fn kick_info() -> SigInfo {
+    let mut info = SigInfo::ZERO;
+    info.signo = KICK as i32;
+    info.code = SI_QUEUE;
+    info.fields[1] = TOKEN.load(Ordering::Relaxed);
+    info
+}
+
+fn is_kick(info: &SigInfo) -> bool {
+    info.signal() == KICK
+        && info.code == SI_QUEUE
+        && info.fields[1] == TOKEN.load(Ordering::Relaxed)
 }
 
 /// Takes the signal that was noted, if any. All signals stay blocked in the
@@ -78,11 +143,13 @@ pub(crate) fn take() -> Option<SigInfo> {
     if !is_pending() {
         return None;
     }
-    // SAFETY: PENDING is set, so the recorder does not run (all signals are
-    // blocked since) and has finished writing.
-    let info = unsafe { *SLOT.0.get() };
-    PENDING.store(0, Ordering::Release);
-    Some(info)
+    RECORD.with(|record| {
+        // SAFETY: SIGNAL is set, so the recorder does not run (all signals are
+        // blocked since) and has finished writing.
+        let info = unsafe { *record.slot.get() };
+        record.pending.fetch_and(!SIGNAL, Ordering::AcqRel);
+        Some(info)
+    })
 }
 
 /// The handler that the guard installs in the host process. Installed with
@@ -100,19 +167,28 @@ pub(crate) unsafe extern "C" fn recorder(signal: i32, info: *const SigInfo, cont
         crate::signal::host::set_default(signal as u32);
         return;
     }
-    // SAFETY: PENDING is 0: all signals are blocked while it is 1.
-    unsafe { *SLOT.0.get() = info };
-    PENDING.store(1, Ordering::Release);
-    let kick = KICK.load(Ordering::SeqCst);
-    if !kick.is_null() {
-        // SAFETY: the byte lives as long as the engine, which clears KICK
-        // (by the guard) when it goes.
-        unsafe { &*kick }.store(1, Ordering::SeqCst);
+    let kicked = is_kick(&info);
+    RECORD.with(|record| {
+        if kicked {
+            record.pending.fetch_or(KICKED, Ordering::AcqRel);
+        } else {
+            // SAFETY: SIGNAL is clear: all signals are blocked while it is set.
+            unsafe { *record.slot.get() = info };
+            record.pending.fetch_or(SIGNAL, Ordering::AcqRel);
+        }
+        let kick = record.kick.load(Ordering::SeqCst);
+        if !kick.is_null() {
+            // SAFETY: the byte lives as long as the engine, and the guard
+            // clears the pointer when that goes.
+            unsafe { &*kick }.store(1, Ordering::SeqCst);
+        }
+    });
+    if !kicked {
+        // SAFETY: `context` is the kernel's ucontext, writable, of that layout.
+        let mask = unsafe { context.add(ucontext::SIGMASK) }.cast::<u64>();
+        // SAFETY: likewise; the kernel loads the mask from there on return.
+        unsafe { mask.write_unaligned(u64::MAX) };
     }
-    // SAFETY: `context` is the kernel's ucontext, writable, of that layout.
-    let mask = unsafe { context.add(ucontext::SIGMASK) }.cast::<u64>();
-    // SAFETY: likewise; the kernel loads the mask from there on return.
-    unsafe { mask.write_unaligned(u64::MAX) };
     // SAFETY: likewise.
     let rip = unsafe { context.add(ucontext::RIP) }.cast::<u64>();
     // SAFETY: likewise.
@@ -143,16 +219,23 @@ unsafe extern "C" {
 ///
 /// As [`crate::host::syscall`].
 pub(crate) unsafe fn call_interruptible(nr: u32, args: &[u64; 6]) -> SysResult {
-    // SAFETY: as the caller promises.
-    decode(unsafe { raw_call_interruptible(u64::from(nr), args) })
+    RECORD.with(|record| {
+        // SAFETY: as the caller promises.
+        decode(unsafe { raw_call_interruptible(u64::from(nr), args, &record.pending) })
+    })
 }
 
-/// rdi: number, rsi: arguments.
+/// rdi: number, rsi: arguments, rdx: what waits.
 #[unsafe(naked)]
-unsafe extern "C" fn raw_call_interruptible(nr: u64, args: *const [u64; 6]) -> u64 {
+unsafe extern "C" fn raw_call_interruptible(
+    nr: u64,
+    args: *const [u64; 6],
+    pending: *const AtomicU8,
+) -> u64 {
     naked_asm!(
         "mov rax, rdi",
         "mov r11, rsi",
+        "mov rcx, rdx",
         "mov rdi, [r11]",
         "mov rsi, [r11 + 8]",
         "mov rdx, [r11 + 16]",
@@ -165,7 +248,7 @@ unsafe extern "C" fn raw_call_interruptible(nr: u64, args: *const [u64; 6]) -> u
         ".globl dune_sandbox_call_start",
         ".hidden dune_sandbox_call_start",
         "dune_sandbox_call_start:",
-        "cmp byte ptr [rip + {pending}], 0",
+        "cmp byte ptr [rcx], 0",
         "jne dune_sandbox_call_given_up",
         "syscall",
         ".globl dune_sandbox_call_end",
@@ -177,7 +260,6 @@ unsafe extern "C" fn raw_call_interruptible(nr: u64, args: *const [u64; 6]) -> u
         "dune_sandbox_call_given_up:",
         "mov rax, -{restart}",
         "ret",
-        pending = sym PENDING,
         restart = const Errno::ERESTARTSYS.number(),
     )
 }

@@ -65,6 +65,10 @@ pub enum Arg {
     Out(Size),
     /// Memory that the kernel reads and writes.
     InOut(Size),
+    /// A signal set of eight bytes that the kernel reads: copied, and the copy,
+    /// without the signal that the guard's threads use among themselves,
+    /// passed on.
+    SigSet,
     /// Pages, whose number of bytes is in another argument: must be the
     /// program's (`ENOMEM`).
     Pages(u8),

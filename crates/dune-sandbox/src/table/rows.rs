@@ -6,12 +6,14 @@
 
 use linux_raw_sys::general::*;
 
-use super::Arg::{Checked, Copied, Fd, In, InOut, Out, Pages, Path, Text, Value};
-use super::Handling::{Control, Emulated, Forwarded, Missing, Refused};
+use super::Arg::{Checked, Copied, Fd, In, InOut, Out, Pages, Path, SigSet, Text, Value};
+use super::Handling::{Control, Emulated, Forwarded, Refused};
 use super::Shape::{Address, LengthOf, Message, Messages, Plain, SignalSet, Strings, Vectors};
 use super::Size::{Arg as Len, Arg32 as Len32, Bits, BytePerPage, Bytes, Items};
 use super::{Call, Flow, Restart, Shape};
-use crate::calls::{file, memory, message, net, process, signal, sockopt, time, timer};
+use crate::calls::{
+    file, fork, memory, message, net, process, signal, sockopt, thread, time, timer,
+};
 use crate::host::Errno;
 
 macro_rules! call {
@@ -201,15 +203,19 @@ pub(super) const CALLS: &[Call] = &[
         Emulated(sockopt::getsockopt),
         [Fd, Value, Value, Checked, Copied(LengthOf(3))]
     ),
-    call!(__NR_clone, Missing, []),
-    call!(__NR_fork, Missing, []),
-    call!(__NR_vfork, Missing, []),
+    call!(
+        __NR_clone,
+        Control(thread::clone),
+        [Value, Value, Checked, Checked, Value]
+    ),
+    call!(__NR_fork, Control(fork::fork_call), []),
+    call!(__NR_vfork, Control(fork::vfork_call), []),
     call!(
         __NR_execve,
         Control(process::execve),
         [Copied(Shape::Path), Copied(Strings), Copied(Strings)]
     ),
-    call!(__NR_exit, Control(process::exit), [Value]),
+    call!(__NR_exit, Control(thread::exit), [Value]),
     call!(
         __NR_wait4,
         Forwarded,
@@ -312,14 +318,14 @@ pub(super) const CALLS: &[Call] = &[
     call_no_restart!(
         __NR_rt_sigtimedwait,
         Forwarded,
-        [In(Bytes(8)), Out(Bytes(128)), In(Bytes(16)), Value]
+        [SigSet, Out(Bytes(128)), In(Bytes(16)), Value]
     ),
     call!(
         __NR_rt_sigqueueinfo,
         Control(signal::rt_sigqueueinfo),
         [Value, Value, In(Bytes(128))]
     ),
-    call_no_restart!(__NR_rt_sigsuspend, Forwarded, [In(Bytes(8)), Value]),
+    call_no_restart!(__NR_rt_sigsuspend, Forwarded, [SigSet, Value]),
     call!(
         __NR_sigaltstack,
         Control(signal::sigaltstack),
@@ -425,7 +431,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_removexattr, Forwarded, [Path, Text]),
     call!(__NR_lremovexattr, Forwarded, [Path, Text]),
     call!(__NR_fremovexattr, Forwarded, [Fd, Text]),
-    call!(__NR_tkill, Forwarded, [Value, Value]),
+    call!(__NR_tkill, Emulated(thread::tkill), [Value, Value]),
     call!(__NR_time, Forwarded, [Out(Bytes(8))]),
     call!(
         __NR_futex,
@@ -461,7 +467,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_set_tid_address,
-        Emulated(process::set_tid_address),
+        Emulated(thread::set_tid_address),
         [Value]
     ),
     call!(__NR_restart_syscall, Refused(Errno::EINTR), []),
@@ -488,14 +494,14 @@ pub(super) const CALLS: &[Call] = &[
         Forwarded,
         [Value, Value, In(Bytes(16)), Out(Bytes(16))]
     ),
-    call!(__NR_exit_group, Control(process::exit), [Value]),
+    call!(__NR_exit_group, Control(thread::exit_group), [Value]),
     call_no_restart!(
         __NR_epoll_wait,
         Forwarded,
         [Fd, Out(Items(2, 12)), Value, Value]
     ),
     call!(__NR_epoll_ctl, Forwarded, [Fd, Value, Fd, In(Bytes(12))]),
-    call!(__NR_tgkill, Forwarded, [Value, Value, Value]),
+    call!(__NR_tgkill, Emulated(thread::tgkill), [Value, Value, Value]),
     call!(__NR_utimes, Forwarded, [Path, In(Bytes(32))]),
     call!(__NR_vserver, Refused(Errno::ENOSYS), []),
     call!(__NR_mbind, Refused(Errno::ENOSYS), []),
@@ -562,23 +568,17 @@ pub(super) const CALLS: &[Call] = &[
     call_no_restart!(
         __NR_ppoll,
         Forwarded,
-        [
-            InOut(Items(1, 8)),
-            Value,
-            InOut(Bytes(16)),
-            In(Bytes(8)),
-            Value
-        ]
+        [InOut(Items(1, 8)), Value, InOut(Bytes(16)), SigSet, Value]
     ),
     call!(__NR_unshare, Refused(Errno::EPERM), []),
     call!(
         __NR_set_robust_list,
-        Emulated(process::set_robust_list),
+        Emulated(thread::set_robust_list),
         [Value, Value]
     ),
     call!(
         __NR_get_robust_list,
-        Emulated(process::get_robust_list),
+        Emulated(thread::get_robust_list),
         [Value, Out(Bytes(8)), Out(Bytes(8))]
     ),
     call!(
@@ -594,9 +594,9 @@ pub(super) const CALLS: &[Call] = &[
     call_no_restart!(
         __NR_epoll_pwait,
         Forwarded,
-        [Fd, Out(Items(2, 12)), Value, Value, In(Bytes(8)), Value]
+        [Fd, Out(Items(2, 12)), Value, Value, SigSet, Value]
     ),
-    call!(__NR_signalfd, Forwarded, [Fd, In(Bytes(8)), Value]),
+    call!(__NR_signalfd, Forwarded, [Fd, SigSet, Value]),
     call!(__NR_timerfd_create, Forwarded, [Value, Value]),
     call!(__NR_eventfd, Forwarded, [Value]),
     call!(__NR_fallocate, Forwarded, [Fd, Value, Value, Value]),
@@ -611,7 +611,7 @@ pub(super) const CALLS: &[Call] = &[
         Forwarded,
         [Fd, Out(Bytes(128)), InOut(Bytes(4)), Value]
     ),
-    call!(__NR_signalfd4, Forwarded, [Fd, In(Bytes(8)), Value, Value]),
+    call!(__NR_signalfd4, Forwarded, [Fd, SigSet, Value, Value]),
     call!(__NR_eventfd2, Forwarded, [Value, Value]),
     call!(__NR_epoll_create1, Forwarded, [Value]),
     call!(__NR_dup3, Forwarded, [Fd, Fd, Value]),
@@ -690,7 +690,11 @@ pub(super) const CALLS: &[Call] = &[
         ]
     ),
     call!(__NR_userfaultfd, Refused(Errno::ENOSYS), []),
-    call!(__NR_membarrier, Refused(Errno::ENOSYS), []),
+    call!(
+        __NR_membarrier,
+        Emulated(thread::membarrier),
+        [Value, Value, Value]
+    ),
     call!(__NR_mlock2, Forwarded, [Pages(1), Value, Value]),
     call!(
         __NR_copy_file_range,
@@ -740,7 +744,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_fsmount, Refused(Errno::EPERM), []),
     call!(__NR_fspick, Refused(Errno::EPERM), []),
     call!(__NR_pidfd_open, Forwarded, [Value, Value]),
-    call!(__NR_clone3, Refused(Errno::ENOSYS), []),
+    call!(__NR_clone3, Control(thread::clone3), [Checked, Value]),
     call!(
         __NR_close_range,
         Emulated(file::close_range),
@@ -757,14 +761,7 @@ pub(super) const CALLS: &[Call] = &[
     call_no_restart!(
         __NR_epoll_pwait2,
         Forwarded,
-        [
-            Fd,
-            Out(Items(2, 12)),
-            Value,
-            In(Bytes(16)),
-            In(Bytes(8)),
-            Value
-        ]
+        [Fd, Out(Items(2, 12)), Value, In(Bytes(16)), SigSet, Value]
     ),
     call!(__NR_mount_setattr, Refused(Errno::EPERM), []),
     call!(__NR_quotactl_fd, Refused(Errno::ENOSYS), []),

@@ -239,6 +239,15 @@ impl AddressSpace {
         self.paid(self.table()?.protect(range, rights | PteFlags::USER))
     }
 
+    /// Unmaps a range of what [`map_memory`](Self::map_memory) mapped, and flushes, while
+    /// other threads may run the space. Edits from several threads need a lock around them.
+    ///
+    /// # Errors
+    /// [`SpaceError::Edit`].
+    pub fn unmap_memory(&self, range: VirtRange) -> Result<(), SpaceError> {
+        self.paid(self.table()?.unmap(range, |_| ()))
+    }
+
     /// Unmaps a range, and flushes.
     ///
     /// # Errors

@@ -230,6 +230,15 @@ impl Memory {
         ))
     }
 
+    /// Unmaps the arenas; nothing may be asked of this value afterwards. For a
+    /// child of `fork`, which has its copy of the parent's.
+    pub(super) fn unmap_arenas(&self) {
+        for arena in self.arenas.iter().filter_map(Cell::take) {
+            // SAFETY: the caller has no VM that would reach them.
+            let _ = unsafe { sys::unmap(arena.host.as_ptr(), arena.len as usize) };
+        }
+    }
+
     fn set_slot(&self, slot: u64, gpa: u64, host: u64, len: u64) -> Result<(), Errno> {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
@@ -247,10 +256,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        for arena in self.arenas.iter().filter_map(Cell::get) {
-            // SAFETY: the engine closes the VM before it drops its memory.
-            let _ = unsafe { sys::unmap(arena.host.as_ptr(), arena.len as usize) };
-        }
+        // The engine closes the VM before it drops its memory.
+        self.unmap_arenas();
     }
 }
 

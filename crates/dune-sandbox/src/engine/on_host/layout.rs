@@ -5,9 +5,12 @@
 //!  USER_CODE     +0x0000    ring 3: r-x     system call landing (weak KVM), XSAVE, XRSTOR
 //!  RING0_CODE    +0x1000    ring 0: r-x     one stub a vector, IRETQ, system call landing
 //!  DESCRIPTORS   +0x2000    ring 0: r--     GDT, IDT
-//!  TASK          +0x3000    ring 0: r--     TSS with the I/O permission bitmap
-//!  STACK         +0x4000    ring 0: rw-     where exceptions push their frames
-//!  SCRATCH       +0x5000    ring 3: rw-     the extended state on its way in or out
+//!
+//!  and for each vCPU, four pages from `CPUS` on:
+//!  task          +0x0000    ring 0: r--     TSS with the I/O permission bitmap
+//!  stack         +0x1000    ring 0: rw-     where exceptions push their frames
+//!  scratch       +0x2000    ring 3: rw-     the extended state on its way in or out
+//!                +0x3000                    nothing
 //! ```
 //!
 //! All of them lie above [`USER_HI`](crate::range::USER_HI), so that no area of
@@ -15,7 +18,7 @@
 //!
 //! # What ring 3 can do with them
 //!
-//! It can read and run `USER_CODE`, and write `SCRATCH`; nothing else.
+//! It can read and run `USER_CODE`, and write each `scratch`; nothing else.
 //!
 //! * The landing is one `out`. Jumping there makes a system call from an
 //!   address that the program chose (`rcx`): nothing that `SYSCALL` at that
@@ -25,8 +28,9 @@
 //! * An `out` to [`PORT`] anywhere else ends in an exit whose `rip` is no
 //!   stub's: a general protection fault for the program, as is any other port,
 //!   which the bitmap refuses.
-//! * `SCRATCH` holds nothing but the program's own extended state, and the
-//!   engine believes nothing that it finds there.
+//! * `scratch` holds nothing but the program's own extended state, and the
+//!   engine believes nothing that it finds there. Another thread can spoil it
+//!   on its way, which is its program's own loss.
 
 #![expect(unsafe_code, reason = "descriptors as bytes")]
 
@@ -43,14 +47,46 @@ pub(super) const USER_CODE: u64 = BASE;
 pub(super) const RING0_CODE: u64 = BASE + PAGE;
 /// Global and interrupt descriptor tables.
 pub(super) const DESCRIPTORS: u64 = BASE + 2 * PAGE;
-/// Task state segment.
-pub(super) const TASK: u64 = BASE + 3 * PAGE;
-/// The stack that every exception arrives on.
-pub(super) const STACK: u64 = BASE + 4 * PAGE;
-/// Room for the extended state.
-pub(super) const SCRATCH: u64 = BASE + 5 * PAGE;
+/// The pages of the first vCPU.
+const CPUS: u64 = BASE + (1 << 20);
+/// Bytes from one vCPU's pages to the next one's.
+const CPU_STRIDE: u64 = 4 * PAGE;
+/// As many vCPUs as any KVM has.
+pub(super) const MOST_CPUS: u32 = 4096;
 
 const _: () = assert!(BASE >= crate::range::USER_HI);
+const _: () = assert!(CPUS + MOST_CPUS as u64 * CPU_STRIDE <= 1 << 47);
+
+/// Which vCPU, from 0 up to [`MOST_CPUS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CpuIndex(pub(super) u32);
+
+impl CpuIndex {
+    /// Task state segment.
+    pub(super) const fn task(self) -> u64 {
+        CPUS + self.0 as u64 * CPU_STRIDE
+    }
+
+    /// The stack that every exception arrives on.
+    pub(super) const fn stack(self) -> u64 {
+        self.task() + PAGE
+    }
+
+    /// Room for the extended state.
+    pub(super) const fn scratch(self) -> u64 {
+        self.task() + 2 * PAGE
+    }
+
+    /// The stack's top: 16-byte aligned, as the CPU aligns it anyway.
+    const fn stack_top(self) -> u64 {
+        self.stack() + PAGE
+    }
+
+    /// Guest virtual address of the part of the frame that `IRETQ` takes.
+    pub(super) const fn iretq_frame(self) -> u64 {
+        self.stack_top() - size_of::<Frame>() as u64 + 8
+    }
+}
 
 /// Where KVM on a CPU without "unrestricted guest" keeps pages of its own:
 /// guest physical addresses that the engine never uses.
@@ -93,9 +129,6 @@ const BITMAP_BYTES: usize = PORT as usize / 8 + 2;
 /// Limit of the task state segment, bitmap included.
 pub(super) const TASK_LIMIT: u32 = (size_of::<TaskState>() + BITMAP_BYTES - 1) as u32;
 
-/// The stack's top: 16-byte aligned, as the CPU aligns it anyway.
-const STACK_TOP: u64 = STACK + PAGE;
-
 /// What an exception leaves on the stack, lowest address first (SDM vol. 3,
 /// figure 6-9). The error code is there for some vectors only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,8 +146,6 @@ const _: () = assert!(size_of::<Frame>() == 48);
 
 /// Offset of the frame in the stack's page.
 pub(super) const FRAME_OFFSET: usize = PAGE as usize - size_of::<Frame>();
-/// Guest virtual address of the part of the frame that `IRETQ` takes.
-pub(super) const IRETQ_FRAME: u64 = STACK_TOP - size_of::<Frame>() as u64 + 8;
 
 /// A place where ring 3 may end with an `out`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +237,9 @@ pub(super) fn descriptors() -> [u8; PAGE as usize] {
     /// the stubs do nothing that faults.
     const STACK_NUMBER: u8 = 1;
     let mut page = [0; PAGE as usize];
-    for (n, entry) in global_descriptor_table(TASK, TASK_LIMIT).iter().enumerate() {
+    // The segment of the first: each vCPU's task register is set directly.
+    let table = global_descriptor_table(CpuIndex(0).task(), TASK_LIMIT);
+    for (n, entry) in table.iter().enumerate() {
         put(
             &mut page,
             GDT - DESCRIPTORS + 8 * n as u64,
@@ -229,12 +262,12 @@ pub(super) fn descriptors() -> [u8; PAGE as usize] {
     page
 }
 
-/// Contents of [`TASK`].
-pub(super) fn task() -> [u8; PAGE as usize] {
+/// Contents of a vCPU's task page.
+pub(super) fn task(cpu: CpuIndex) -> [u8; PAGE as usize] {
     let mut page = [0; PAGE as usize];
     let mut state = TaskState::new();
-    state.rsp[0] = STACK_TOP;
-    state.ist[0] = STACK_TOP;
+    state.rsp[0] = cpu.stack_top();
+    state.ist[0] = cpu.stack_top();
     state.iomap_base = size_of::<TaskState>() as u16;
     put(&mut page, 0, &[&bytes_of_task(state)]);
     let bitmap = &mut page[size_of::<TaskState>()..][..BITMAP_BYTES];
@@ -293,7 +326,7 @@ mod tests {
 
     #[test]
     fn the_bitmap_allows_one_port() {
-        let page = task();
+        let page = task(CpuIndex(0));
         let bitmap = &page[size_of::<TaskState>()..=TASK_LIMIT as usize];
         let allowed: Vec<usize> = (0..bitmap.len() * 8)
             .filter(|port| bitmap[port / 8] >> (port % 8) & 1 == 0)

@@ -1,4 +1,4 @@
-//! The virtual machine: one VM, one vCPU, and the requests that the engine
+//! The virtual machine: one VM, its vCPUs, and the requests that the engine
 //! makes of them.
 #![expect(unsafe_code, reason = "KVM's requests and the area that KVM shares")]
 
@@ -14,7 +14,7 @@ use dune_x86::descriptors::{STAR, SYSCALL_FLAG_MASK, TSS_SELECTOR, USER_CS, USER
 use dune_x86::regs;
 use kvm_bindings as kvm;
 
-use super::layout;
+use super::layout::{self, CpuIndex};
 use crate::engine::EngineError;
 use crate::host::move_fd_high;
 
@@ -68,20 +68,17 @@ pub(super) struct XState {
     pub(super) kvm_carries_it: bool,
 }
 
-/// One VM and its vCPU.
+/// The virtual machine, without memory yet.
 #[derive(Debug)]
-pub(super) struct Machine {
-    run: NonNull<kvm::kvm_run>,
-    run_len: usize,
-    vcpu: OwnedFd,
+pub(super) struct Vm {
     vm: OwnedFd,
+    run_len: usize,
     landing: Landing,
     features: probe::Features,
     xstate: XState,
 }
 
-impl Machine {
-    /// A VM without memory and a vCPU without state.
+impl Vm {
     pub(super) fn new() -> Result<Self, EngineError> {
         let report = probe::probe();
         let landing = match &report.kvm {
@@ -94,10 +91,8 @@ impl Machine {
                 });
             }
         };
-        let (Some(cpuid), Some(features)) = (&report.cpuid, report.features()) else {
-            return Err(EngineError::NoMemory {
-                what: "a CPUID list",
-            });
+        let (Some(_), Some(features)) = (&report.cpuid, report.features()) else {
+            return Err(no_cpuid());
         };
         let device = std::fs::File::options()
             .read(true)
@@ -121,7 +116,7 @@ impl Machine {
                 source: std::io::Error::other("use Linux 4.17 or later"),
             });
         }
-        let vm = create(device, "KVM_CREATE_VM", ioctl::KVM_CREATE_VM)?;
+        let vm = create(device, "KVM_CREATE_VM", ioctl::KVM_CREATE_VM, 0)?;
         // Only CPUs without "unrestricted guest" need it; other vendors' KVM
         // may not know it.
         let _ = plain(
@@ -130,18 +125,58 @@ impl Machine {
             ioctl::KVM_SET_TSS_ADDR,
             layout::KVM_PRIVATE_GPA,
         );
-        let vcpu = create(vm.as_raw_fd(), "KVM_CREATE_VCPU", ioctl::KVM_CREATE_VCPU)?;
         let request = ioctl::KVM_GET_VCPU_MMAP_SIZE;
         let run_len = plain(device, "KVM_GET_VCPU_MMAP_SIZE", request, 0)?;
-        let run = map_run(vcpu.as_raw_fd(), run_len)?;
-        let machine = Self {
-            run,
-            run_len,
-            vcpu,
+        Ok(Self {
             vm,
+            run_len,
             landing,
             features,
             xstate: XState::of_this_cpu(features.xcr0_mask),
+        })
+    }
+
+    /// The descriptor, for memory slots.
+    pub(super) fn fd(&self) -> RawFd {
+        self.vm.as_raw_fd()
+    }
+
+    pub(super) fn physical_bits(&self) -> u32 {
+        u32::from(self.features.physical_bits)
+    }
+}
+
+/// A vCPU.
+#[derive(Debug)]
+pub(super) struct Machine {
+    run: NonNull<kvm::kvm_run>,
+    run_len: usize,
+    vcpu: OwnedFd,
+    landing: Landing,
+    features: probe::Features,
+    xstate: XState,
+}
+
+// SAFETY: the pointer leads to memory that belongs to this value; nothing of
+// it is bound to a thread.
+unsafe impl Send for Machine {}
+
+impl Machine {
+    /// The vCPU number `index` of `vm`, without state.
+    pub(super) fn new(vm: &Vm, index: CpuIndex) -> Result<Self, EngineError> {
+        let Some(cpuid) = &probe::probe().cpuid else {
+            return Err(no_cpuid());
+        };
+        let request = ioctl::KVM_CREATE_VCPU;
+        let vcpu = create(vm.fd(), "KVM_CREATE_VCPU", request, index.0 as usize)?;
+        let run = map_run(vcpu.as_raw_fd(), vm.run_len)?;
+        let machine = Self {
+            run,
+            run_len: vm.run_len,
+            vcpu,
+            landing: vm.landing,
+            features: vm.features,
+            xstate: vm.xstate,
         };
         let list = cpuid.as_fam_struct_ptr() as usize;
         // SAFETY: the list is as long as it says.
@@ -149,22 +184,17 @@ impl Machine {
         Ok(machine)
     }
 
-    /// The VM, for memory slots.
-    pub(super) fn vm_fd(&self) -> RawFd {
-        self.vm.as_raw_fd()
+    pub(super) fn fd(&self) -> RawFd {
+        self.vcpu.as_raw_fd()
     }
 
-    /// All descriptors.
-    pub(super) fn fds(&self) -> Vec<RawFd> {
-        vec![self.vm.as_raw_fd(), self.vcpu.as_raw_fd()]
+    /// Where the area lies that KVM shares, and its length.
+    pub(super) fn shared_area(&self) -> (usize, usize) {
+        (self.run.as_ptr() as usize, self.run_len)
     }
 
     pub(super) fn landing(&self) -> Landing {
         self.landing
-    }
-
-    pub(super) fn physical_bits(&self) -> u32 {
-        u32::from(self.features.physical_bits)
     }
 
     pub(super) fn xstate(&self) -> XState {
@@ -177,7 +207,7 @@ impl Machine {
     ///
     /// From here on the guest reaches what the page tables say, which must be
     /// memory that ring 3 may have, and the guard's pages as `layout` has them.
-    pub(super) unsafe fn set_up(&self, cr3: GuestPhys) -> Result<(), EngineError> {
+    pub(super) unsafe fn set_up(&self, index: CpuIndex, cr3: GuestPhys) -> Result<(), EngineError> {
         let mut sregs = kvm::kvm_sregs::default();
         // SAFETY: KVM fills the structure.
         unsafe {
@@ -195,7 +225,7 @@ impl Machine {
         sregs.ds = segment(0, 3, 0);
         (sregs.es, sregs.fs, sregs.gs) = (sregs.ds, sregs.ds, sregs.ds);
         sregs.tr = kvm::kvm_segment {
-            base: layout::TASK,
+            base: index.task(),
             limit: layout::TASK_LIMIT,
             selector: TSS_SELECTOR,
             type_: 11,
@@ -506,6 +536,12 @@ fn own_xcr0() -> u64 {
     unsafe { core::arch::x86_64::_xgetbv(0) }
 }
 
+fn no_cpuid() -> EngineError {
+    EngineError::NoMemory {
+        what: "a CPUID list",
+    }
+}
+
 fn plain(
     fd: RawFd,
     what: &'static str,
@@ -520,8 +556,13 @@ fn plain(
 }
 
 /// A request that makes a descriptor, which is moved out of the program's way.
-fn create(fd: RawFd, what: &'static str, request: u64) -> Result<OwnedFd, EngineError> {
-    let fd = plain(fd, what, request, 0)? as RawFd;
+fn create(
+    fd: RawFd,
+    what: &'static str,
+    request: u64,
+    argument: usize,
+) -> Result<OwnedFd, EngineError> {
+    let fd = plain(fd, what, request, argument)? as RawFd;
     // SAFETY: KVM has just made it for this caller.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     move_fd_high(fd).map_err(|source| EngineError::Kvm { what, source })

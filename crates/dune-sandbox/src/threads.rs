@@ -1,0 +1,247 @@
+//! The threads of a program, and how they end.
+//!
+//! ```text
+//!              exit_group, a fatal signal, a failed engine
+//!   Running -----------------------------------------------> Ending
+//!     |  ^                                                     (for good)
+//!     |  | the new program starts
+//!     v  |
+//!    Replacing: one thread is in `execve`, the others leave
+//! ```
+//!
+//! Whoever leaves `Running` first wins; threads that come later are among those
+//! that leave. They are kicked ([`crate::signal::record`]) out of ring 3 and out
+//! of waiting calls, and look here before they go on.
+//!
+//! The leader is the thread whose id is the process's. It never leaves before
+//! the others: after its own `exit` it waits, to end the process or to go on
+//! with the program that another thread's `execve` has started.
+
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::engine::{EngineError, UserState};
+use crate::guard::End;
+use crate::signal::{SigSet, host};
+
+/// How the program ended, or why it could not go on.
+pub(crate) type Finish = Result<End, EngineError>;
+
+/// What a thread of the program left for others to see.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Member {
+    /// Head of its list of robust futexes, in user memory; 0 for none.
+    pub(crate) robust_list: u64,
+}
+
+/// A program that another thread has started by `execve`, for the leader.
+#[derive(Debug)]
+pub(crate) struct Takeover {
+    pub(crate) user: UserState,
+    pub(crate) mask: SigSet,
+}
+
+#[derive(Debug, Default)]
+enum Phase {
+    #[default]
+    Running,
+    /// By the thread with this id.
+    Replacing(u32),
+    Ending,
+}
+
+/// See the module documentation.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    phase: Phase,
+    members: BTreeMap<u32, Member>,
+    /// What the leader gave to `exit`.
+    leader_status: u8,
+    finish: Option<Finish>,
+    takeover: Option<Takeover>,
+}
+
+/// The program is ending, or being replaced, by another thread: leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Leave;
+
+/// See the module documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Threads {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the leader waited for.
+#[derive(Debug)]
+pub(crate) enum Wake {
+    /// The end of the program.
+    Finish(Finish),
+    /// A new program.
+    Takeover(Takeover),
+}
+
+impl Threads {
+    /// The state, which stays as it is until this is dropped.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new thread, `tid`.
+    ///
+    /// # Errors
+    ///
+    /// If it is too late.
+    pub(crate) fn join(&self, tid: u32) -> Result<(), Leave> {
+        let mut state = self.lock();
+        match state.phase {
+            Phase::Running => {
+                state.members.insert(tid, Member::default());
+                Ok(())
+            }
+            Phase::Replacing(_) | Phase::Ending => Err(Leave),
+        }
+    }
+
+    /// The thread `tid` has left; `status` is what it gave to `exit`, if it is
+    /// the leader and called it.
+    pub(crate) fn leave(&self, tid: u32, status: Option<u8>) {
+        let mut state = self.lock();
+        state.members.remove(&tid);
+        if let Some(status) = status {
+            state.leader_status = status;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Whether the thread `tid` must leave.
+    pub(crate) fn must_leave(&self, tid: u32) -> bool {
+        match self.lock().phase {
+            Phase::Running => false,
+            Phase::Replacing(by) => by != tid,
+            Phase::Ending => true,
+        }
+    }
+
+    /// Whether `tid` is a thread of the program.
+    pub(crate) fn has(&self, tid: u32) -> bool {
+        self.lock().members.contains_key(&tid)
+    }
+
+    /// Changes what a thread is known by.
+    pub(crate) fn update(&self, tid: u32, change: impl FnOnce(&mut Member)) {
+        if let Some(member) = self.lock().members.get_mut(&tid) {
+            change(member);
+        }
+    }
+
+    /// What is known of the thread `tid`.
+    pub(crate) fn member(&self, tid: u32) -> Option<Member> {
+        self.lock().members.get(&tid).copied()
+    }
+
+    /// Ends the program `pid`, unless it is ending or being replaced already.
+    pub(crate) fn end(&self, pid: u32, finish: Finish) {
+        let mut state = self.lock();
+        if matches!(state.phase, Phase::Running) {
+            state.phase = Phase::Ending;
+            state.finish = Some(finish);
+            state.kick_all(pid);
+            self.changed.notify_all();
+        }
+    }
+
+    /// The thread `tid` of the process `pid` will replace the program: returns
+    /// when all others have left.
+    ///
+    /// # Errors
+    ///
+    /// If another thread was first.
+    pub(crate) fn begin_replacing(&self, pid: u32, tid: u32) -> Result<(), Leave> {
+        let mut state = self.lock();
+        if !matches!(state.phase, Phase::Running) {
+            return Err(Leave);
+        }
+        state.phase = Phase::Replacing(tid);
+        let me = state.members.remove(&tid).unwrap_or_default();
+        state.kick_all(pid);
+        while !state.members.is_empty() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.members.insert(tid, me);
+        Ok(())
+    }
+
+    /// The new program runs, on the thread that replaced the old one.
+    pub(crate) fn replaced(&self) {
+        self.lock().phase = Phase::Running;
+    }
+
+    /// The new program was started by `tid`, which now leaves it to the leader.
+    pub(crate) fn hand_over(&self, tid: u32, takeover: Takeover) {
+        let mut state = self.lock();
+        state.members.remove(&tid);
+        state.takeover = Some(takeover);
+        self.changed.notify_all();
+    }
+
+    /// The program could not be started after the old one was gone.
+    pub(crate) fn end_replacing(&self, finish: Finish) {
+        let mut state = self.lock();
+        state.phase = Phase::Ending;
+        state.finish = Some(finish);
+        self.changed.notify_all();
+    }
+
+    /// The leader `pid`, which has left, waits for the others.
+    pub(crate) fn wait_as_leader(&self, pid: u32) -> Wake {
+        let mut state = self.lock();
+        loop {
+            if let Some(takeover) = state.takeover.take() {
+                state.phase = Phase::Running;
+                state.members.insert(pid, Member::default());
+                return Wake::Takeover(takeover);
+            }
+            if state.members.is_empty() {
+                match state.phase {
+                    Phase::Replacing(_) => {}
+                    Phase::Running | Phase::Ending => {
+                        let exited = Ok(End::Exit(state.leader_status));
+                        return Wake::Finish(state.finish.take().unwrap_or(exited));
+                    }
+                }
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl State {
+    /// In the child of a `fork`: of all threads, this one is there.
+    pub(crate) fn reset(&mut self, tid: u32) {
+        *self = Self::default();
+        self.members.insert(tid, Member::default());
+    }
+
+    /// Whether the program goes on as it is.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running)
+    }
+
+    /// All threads.
+    pub(crate) fn members(&self) -> impl Iterator<Item = (u32, Member)> + '_ {
+        self.members.iter().map(|(&tid, &member)| (tid, member))
+    }
+
+    fn kick_all(&self, pid: u32) {
+        for &tid in self.members.keys() {
+            host::kick(pid, tid);
+        }
+    }
+}
