@@ -467,6 +467,92 @@ fn cpu_time_is_limited() {
     assert!(started.elapsed() < std::time::Duration::from_secs(60));
 }
 
+/// Children have no more than their parent.
+fn children_are_held_as_well() {
+    let fixture = Fixture::new();
+    let (secret, copy) = (fixture.path("secret"), fixture.path("copy"));
+    let policy = "strict = true\n[files]\nro = [\"/bin\", \"/usr/bin\", \"/lib\", \"/lib64\"]";
+    let script = format!("cat {secret} | cat; echo x > {copy}; (cat {secret}); echo end");
+    for walls in [Walls::Both, Walls::Guard, Walls::Second] {
+        let seen = run(walls, policy, &["/bin/sh", "-c", &script]);
+        assert_eq!(seen.stdout, b"end\n", "{walls:?}: {seen:?}");
+        assert!(!Path::new(&copy).exists(), "{walls:?}: {seen:?}");
+    }
+}
+
+/// A program that puts a link in the way of its own path, as often as it can,
+/// gets through neither wall.
+fn races_are_lost() {
+    let Some(python) = python() else { return };
+    let fixture = Fixture::new();
+    let (work, secret) = (fixture.path("work"), fixture.path("secret"));
+    std::fs::create_dir(fixture.path("work/mine")).unwrap();
+    std::fs::write(fixture.path("work/mine/secret"), "mine\n").unwrap();
+    let folder = fixture.path("");
+    let rules = python_rules("") + &format!("rw = [{work:?}]\n");
+    let code = format!(
+        "import os, threading, time\n\
+         os.chdir({work:?})\n\
+         os.symlink({folder:?}, 'theirs'); os.symlink('mine', 'way')\n\
+         end = time.monotonic() + 1.5\n\
+         def swap():\n\
+         \x20   n = 0\n\
+         \x20   while time.monotonic() < end:\n\
+         \x20       n += 1\n\
+         \x20       os.symlink('theirs' if n & 1 else 'mine', 'next'); os.rename('next', 'way')\n\
+         thread = threading.Thread(target=swap); thread.start()\n\
+         tries = wins = 0\n\
+         while time.monotonic() < end:\n\
+         \x20   tries += 1\n\
+         \x20   for attack in (lambda: open('way/secret').read() != 'mine\\n',\n\
+         \x20                  lambda: os.chmod('way/secret', 0o666),\n\
+         \x20                  lambda: os.utime('way/secret', (0, 0)),\n\
+         \x20                  lambda: os.truncate('way/secret', 5)):\n\
+         \x20       try: wins += bool(attack())\n\
+         \x20       except OSError: pass\n\
+         thread.join()\n\
+         print('wins', wins, 'tries', tries > 10)\n"
+    );
+    let before = std::fs::metadata(&secret).unwrap();
+    for walls in [Walls::Both, Walls::Guard] {
+        let seen = run(walls, &rules, &[python, "-I", "-S", "-c", &code]);
+        assert_eq!(seen.stdout, b"wins 0 tries True\n", "{walls:?}: {seen:?}");
+        let after = std::fs::metadata(&secret).unwrap();
+        assert_eq!(after.len(), before.len(), "{walls:?}");
+        assert_eq!(after.permissions(), before.permissions(), "{walls:?}");
+        assert_eq!(after.modified().unwrap(), before.modified().unwrap());
+        for name in ["work/theirs", "work/way"] {
+            std::fs::remove_file(fixture.path(name)).unwrap();
+        }
+    }
+}
+
+fn threads_and_processes_are_counted() {
+    let Some(python) = python() else { return };
+    let code = "import threading, os, time\n\
+                made = 0\n\
+                gate = threading.Event()\n\
+                threads = []\n\
+                try:\n\
+                \x20   for _ in range(9):\n\
+                \x20       t = threading.Thread(target=gate.wait); t.start(); threads.append(t)\n\
+                except RuntimeError: print('threads', len(threads))\n\
+                gate.set()\n\
+                for t in threads: t.join()\n\
+                for _ in range(12):\n\
+                \x20   pid = os.fork()\n\
+                \x20   if pid == 0: os._exit(0)\n\
+                \x20   os.waitpid(pid, 0)\n\
+                print('then')";
+    let policy = "[limits]\nnproc = 4";
+    let seen = run(Walls::Both, policy, &[python, "-I", "-S", "-c", code]);
+    assert_eq!(seen.stdout, b"threads 3\nthen\n", "{seen:?}");
+    assert!(
+        stderr(&seen).contains("a larger --nproc would allow it"),
+        "{seen:?}"
+    );
+}
+
 fn the_environment_is_small() {
     let seen = Command::new(std::env::current_exe().unwrap())
         .arg("/usr/bin/env")
@@ -531,6 +617,12 @@ const ON_HOST: &[(&str, fn())] = &[
     ("read_only_is_not_written", read_only_is_not_written),
     ("memory_is_limited", memory_is_limited),
     ("cpu_time_is_limited", cpu_time_is_limited),
+    ("children_are_held_as_well", children_are_held_as_well),
+    ("races_are_lost", races_are_lost),
+    (
+        "threads_and_processes_are_counted",
+        threads_and_processes_are_counted,
+    ),
     ("the_environment_is_small", the_environment_is_small),
     (
         "without_options_nothing_changes",
@@ -560,6 +652,7 @@ on_host_tests! {
     a_strict_program_connects_nowhere loopback_is_this_machine_only
     explanations_lead_to_success detours_are_seen_through read_only_is_not_written
     memory_is_limited cpu_time_is_limited the_environment_is_small
+    children_are_held_as_well races_are_lost threads_and_processes_are_counted
     without_options_nothing_changes
 }
 
@@ -575,6 +668,9 @@ fn main() -> ExitCode {
         plain read_only_is_not_written, timeout 100,
         plain memory_is_limited,
         plain cpu_time_is_limited, timeout 100,
+        plain children_are_held_as_well,
+        plain races_are_lost, timeout 100,
+        plain threads_and_processes_are_counted,
         plain the_environment_is_small,
         plain without_options_nothing_changes,
         ring0 in_guest, timeout 300,
