@@ -146,14 +146,14 @@ fn dynamic(path: &Path) -> Option<Dynamic> {
     let entries: Vec<(i64, u64)> = entries
         .iter()
         .map(|entry| (entry.d_tag(endian), entry.d_val(endian)))
-        .take_while(|(tag, _)| *tag != i64::from(DT_NULL))
+        .take_while(|(tag, _)| *tag != DT_NULL)
         .collect();
     let value = |wanted: i64| {
         let found = entries.iter().find(|(tag, _)| *tag == wanted);
         found.map(|(_, value)| *value)
     };
-    let strings = value(i64::from(DT_STRTAB))?;
-    let size = value(i64::from(DT_STRSZ))?;
+    let strings = value(DT_STRTAB)?;
+    let size = value(DT_STRSZ)?;
     let file_offset = segments.iter().find_map(|segment| {
         let (start, len) = (segment.p_vaddr(endian), segment.p_filesz(endian));
         let inside = segment.p_type(endian) == PT_LOAD && start <= strings && strings - start < len;
@@ -173,10 +173,8 @@ fn dynamic(path: &Path) -> Option<Dynamic> {
         of.filter_map(|(_, at)| string(*at))
     };
     Some(Dynamic {
-        needed: all(i64::from(DT_NEEDED)).collect(),
-        run_paths: all(i64::from(DT_RPATH))
-            .chain(all(i64::from(DT_RUNPATH)))
-            .collect(),
+        needed: all(DT_NEEDED).collect(),
+        run_paths: all(DT_RPATH).chain(all(DT_RUNPATH)).collect(),
     })
 }
 
