@@ -21,6 +21,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::crossings::Suite;
+
 /// Measures Dune against Linux.
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -32,17 +34,20 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// The crossings: traps, system calls, rings, address spaces, memory.
-    Core(CoreArguments),
+    Core(SuiteArguments),
+    /// Compartments beside processes, threads and protection keys.
+    Wedge(SuiteArguments),
     /// The CPU-bound program that `core` runs natively and under `dune run`.
     #[command(hide = true)]
     ComputeKernel,
 }
 
 #[derive(Debug, clap::Args)]
-struct CoreArguments {
-    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
-    #[arg(long, value_name = "PATH", default_value = "target/bench/core.json")]
-    json: PathBuf,
+struct SuiteArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error)
+    /// [default: target/bench/NAME.json].
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
     /// Samples of each row, of which the median is reported.
     #[arg(long, value_name = "N", default_value_t = 51, value_parser = clap::value_parser!(u32).range(3..))]
     samples: u32,
@@ -56,7 +61,8 @@ struct CoreArguments {
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().bench {
-        Bench::Core(arguments) => run_core(arguments),
+        Bench::Core(arguments) => run(Suite::Core, "core", arguments),
+        Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments),
         Bench::ComputeKernel => {
             crossings::compute::main();
             Ok(())
@@ -64,20 +70,24 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-fn run_core(arguments: CoreArguments) -> anyhow::Result<()> {
-    let report = crossings::run(&crossings::Choices {
+fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()> {
+    let path = arguments
+        .json
+        .unwrap_or_else(|| format!("target/bench/{name}.json").into());
+    let choices = crossings::Choices {
         samples: arguments.samples as usize,
         only: arguments.only,
         dune: arguments.dune,
-    });
+    };
+    let report = crossings::run(suite, &choices);
     let json = report.json()?;
-    if arguments.json.as_os_str() == "-" {
+    if path.as_os_str() == "-" {
         eprint!("{}", report.table());
         println!("{json}");
     } else {
         print!("{}", report.table());
-        report::write(&arguments.json, &json)?;
-        println!("written to {}", arguments.json.display());
+        report::write(&path, &json)?;
+        println!("written to {}", path.display());
     }
     Ok(())
 }
