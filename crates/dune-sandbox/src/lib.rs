@@ -24,10 +24,15 @@
 //! - The guard's descriptors do not exist for the program; `/proc` does not
 //!   show it the guard.
 //!
+//! - A [`Policy`] says which files, network and amounts the program may have.
+//!   The guard decides ([`policy`]), and the host kernel, by Landlock and
+//!   seccomp, refuses the rest again ([`confine`]). Without one, a program has
+//!   the rights of whoever runs it over files and processes.
+//!
+//! `docs/security.md` has the threat model and an argument for each surface.
+//!
 //! # What is not here yet
 //!
-//! - Confinement of the host side (Landlock, seccomp): a program has the
-//!   rights of whoever runs it over files and processes.
 //! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
