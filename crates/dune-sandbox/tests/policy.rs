@@ -467,6 +467,29 @@ fn cpu_time_is_limited() {
     assert!(started.elapsed() < std::time::Duration::from_secs(60));
 }
 
+/// Signals go to the program's own processes.
+fn signals_stay_in_the_family() {
+    let mut outside = Command::new("sleep").arg("60").spawn().unwrap();
+    let policy = "strict = true\n[files]\nro = [\"/bin\", \"/usr/bin\", \"/lib\", \"/lib64\"]";
+    let script = format!(
+        "kill -0 {pid} && echo sent; kill -TERM {pid} && echo sent;\n\
+         sleep 60 & kill -TERM $! && wait $!; echo $?; kill -0 $$ && echo self",
+        pid = outside.id()
+    );
+    // Landlock has had a rule for signals since Linux 6.12.
+    let second = (Kernel::this().landlock >= 6).then_some(Walls::Second);
+    for walls in [Walls::Both, Walls::Guard].into_iter().chain(second) {
+        let seen = run(walls, policy, &["/bin/sh", "-c", &script]);
+        assert_eq!(seen.stdout, b"143\nself\n", "{walls:?}: {seen:?}");
+        assert!(
+            outside.try_wait().unwrap().is_none(),
+            "{walls:?}: it is gone"
+        );
+    }
+    outside.kill().unwrap();
+    outside.wait().unwrap();
+}
+
 /// Children have no more than their parent.
 fn children_are_held_as_well() {
     let fixture = Fixture::new();
@@ -619,6 +642,7 @@ const ON_HOST: &[(&str, fn())] = &[
     ("cpu_time_is_limited", cpu_time_is_limited),
     ("children_are_held_as_well", children_are_held_as_well),
     ("races_are_lost", races_are_lost),
+    ("signals_stay_in_the_family", signals_stay_in_the_family),
     (
         "threads_and_processes_are_counted",
         threads_and_processes_are_counted,
@@ -652,7 +676,7 @@ on_host_tests! {
     a_strict_program_connects_nowhere loopback_is_this_machine_only
     explanations_lead_to_success detours_are_seen_through read_only_is_not_written
     memory_is_limited cpu_time_is_limited the_environment_is_small
-    children_are_held_as_well races_are_lost threads_and_processes_are_counted
+    children_are_held_as_well signals_stay_in_the_family races_are_lost threads_and_processes_are_counted
     without_options_nothing_changes
 }
 
@@ -669,6 +693,7 @@ fn main() -> ExitCode {
         plain memory_is_limited,
         plain cpu_time_is_limited, timeout 100,
         plain children_are_held_as_well,
+        plain signals_stay_in_the_family,
         plain races_are_lost, timeout 100,
         plain threads_and_processes_are_counted,
         plain the_environment_is_small,

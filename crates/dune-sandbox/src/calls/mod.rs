@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "checked calls are handed to the host kernel")]
 
+pub(crate) mod family;
 pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod fork;
@@ -203,6 +204,7 @@ impl Guard {
                 }
             };
         }
+        self.may_signal(call, &checked)?;
         self.hold_paths(call, &mut checked)?;
         Ok(CheckedArgs(checked))
     }

@@ -25,6 +25,7 @@ pub(crate) struct Enforced {
     /// Where each refusal is explained as it occurs.
     explain: Option<Arc<File>>,
     tasks: Option<Tasks>,
+    first_process: u32,
     refused: Mutex<Refused>,
 }
 
@@ -42,6 +43,7 @@ impl Enforced {
             checks,
             explain,
             tasks: None,
+            first_process: std::process::id(),
             refused: Mutex::default(),
         }
     }
@@ -97,6 +99,12 @@ impl Enforced {
     /// The rules over files, if there are any to ask.
     pub(crate) fn files(&self) -> Option<&super::FileRules> {
         self.rules.files.as_ref().filter(|_| self.checks)
+    }
+
+    /// The process that began the program, if it may send signals to nobody
+    /// but its descendants.
+    pub(crate) fn first_process(&self) -> Option<u32> {
+        (self.rules.strict && self.checks).then_some(self.first_process)
     }
 
     /// The network that the guard enforces.
