@@ -20,6 +20,7 @@ use dune_sandbox::engine::on_host::OnHost;
 use dune_sandbox::{Command, End, MissingCall, Outcome, Policy};
 
 use crate::policy::{self, PolicyArgs};
+use crate::trace::{Trace, TraceOptions};
 use crate::{observed, output, report, streams, watchdog};
 
 /// Run a program in the sandbox: unmodified, in ring 3 of a virtual CPU.
@@ -107,6 +108,15 @@ impl RunArgs {
 ///
 /// What keeps Dune from running it, with the remedy.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    run_traced(args, None)
+}
+
+/// As [`run`], with every system call traced.
+///
+/// # Errors
+///
+/// As [`run`], and if the trace cannot be written.
+pub(crate) fn run_traced(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
     let placement = match args.placement {
         None => probe::placement()?,
         Some(Where::Lab) => Placement::Lab,
@@ -117,9 +127,9 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             if !is_asked_for_the_lab(args) {
                 check_limits()?;
             }
-            in_lab(args)
+            in_lab(args, trace)
         }
-        Placement::InGuest | Placement::OnHost => here(args, placement),
+        Placement::InGuest | Placement::OnHost => here(args, placement, trace),
     }
 }
 
@@ -146,7 +156,11 @@ fn check_limits() -> anyhow::Result<()> {
     }
 }
 
-fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
+fn here(
+    args: &RunArgs,
+    placement: Placement,
+    trace: Option<&TraceOptions>,
+) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let policy = args.policy.policy()?;
     if let Some(warning) = policy::warning(&policy).filter(|_| !args.is_quiet()) {
@@ -155,13 +169,16 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
     if let Some(limit) = policy.limits().timeout {
         watchdog::start(limit, program_name(args), args.json)?;
     }
-    let command = command(args, policy);
+    let mut command = command(args, policy);
+    let trace = trace.map(Trace::start).transpose()?;
+    if let Some(trace) = &trace {
+        command = command.tracer(trace.tracer());
+    }
     let engine: Box<dyn Engine> = match placement {
         Placement::OnHost => Box::new(OnHost::new()?),
         Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
     };
     let (engine, mut observer) = observed::observe(engine)?;
-    let mut command = command;
     if args.policy.explain {
         command = command.explain_to(observer.another()?);
     }
@@ -171,7 +188,7 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
     streams::close_again();
     match command.run(Box::new(engine)) {
         Ok(outcome) => {
-            if !args.is_quiet() {
+            if !args.is_quiet() && trace.is_none() {
                 let warnings = [missing_calls(&outcome.missing), refusals(args, &outcome)];
                 for warning in warnings.into_iter().flatten() {
                     observer.say(&warning);
@@ -185,6 +202,9 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
             if args.json {
                 let line = report::line(&outcome, observer.counts(), placement, elapsed)?;
                 observer.say_plainly(&line);
+            }
+            if let Some(trace) = trace {
+                trace.finish(outcome.end);
             }
             outcome.end.leave()
         }
@@ -249,7 +269,7 @@ fn missing_calls(missing: &[MissingCall]) -> Option<String> {
 }
 
 /// The same command again, inside of the lab, where KVM runs ring 0.
-fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
+fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
     /// The lab's options as its own command line has them.
     #[derive(Parser)]
     struct Lab {
@@ -258,7 +278,7 @@ fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
     }
     let dune = std::env::current_exe().context("cannot find this program's own file")?;
     let mut words: Vec<OsString> = vec!["dune".into(), "--".into(), dune.into_os_string()];
-    words.extend(arguments_in_lab(args));
+    words.extend(arguments_in_lab(args, trace));
     let mut lab = Lab::try_parse_from(words)
         .context("the lab's own command line")?
         .lab;
@@ -274,8 +294,12 @@ fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The arguments of `dune` in the lab for what was asked for here.
-fn arguments_in_lab(args: &RunArgs) -> Vec<OsString> {
-    let mut words: Vec<OsString> = vec!["run".into(), "--placement=auto".into()];
+fn arguments_in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> Vec<OsString> {
+    let mut words = match trace {
+        None => vec!["run".into()],
+        Some(trace) => trace.words(),
+    };
+    words.push("--placement=auto".into());
     words.extend(args.policy.words());
     if let Some(directory) = &args.cwd {
         words.extend(["--cwd".into(), directory.clone().into_os_string()]);
@@ -333,7 +357,7 @@ mod tests {
         let args = parse(&[
             "--env", "A=b c", "--cwd", "/tmp", "--quiet", "--", "ls", "--env",
         ]);
-        let words = arguments_in_lab(&args);
+        let words = arguments_in_lab(&args, None);
         let expected = [
             "run",
             "--placement=auto",

@@ -17,6 +17,7 @@ use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
+use crate::trace::Tracer;
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -45,6 +46,7 @@ pub struct Command {
     own_checks: bool,
     explain: Option<Arc<File>>,
     crash_report: Option<Arc<File>>,
+    tracer: Option<Arc<Tracer>>,
 }
 
 /// What became of a program.
@@ -135,6 +137,7 @@ impl Command {
             own_checks: true,
             explain: None,
             crash_report: None,
+            tracer: None,
         }
     }
 
@@ -236,6 +239,13 @@ impl Command {
         self
     }
 
+    /// Has every system call of the program traced.
+    #[must_use]
+    pub fn tracer(mut self, tracer: Arc<Tracer>) -> Self {
+        self.tracer = Some(tracer);
+        self
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -283,6 +293,9 @@ impl Command {
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        if let Some(tracer) = self.tracer {
+            guard.program.set_tracer(tracer);
+        }
         signal::host::forbid_core_dumps();
         let needed = if policy.restricts_files() {
             policy::needed::to_load(&path, &environment)?

@@ -334,7 +334,9 @@ impl Guard {
         let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
         // As the kernel: the number is the low half.
         let nr = rax as u32;
+        let begun = self.trace_call(nr, args);
         let Some(call) = table::find(nr) else {
+            self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
             self.count_missing(nr);
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
@@ -342,6 +344,7 @@ impl Guard {
         self.never_restart = false;
         let answer = self.dispatch(call, user, args);
         self.pins.get_mut().clear();
+        self.trace_answer(begun, &answer);
         let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,

@@ -55,6 +55,7 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 mod threads;
+pub mod trace;
 pub mod user;
 mod vfork;
 pub mod vma;

@@ -17,7 +17,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
@@ -29,6 +31,7 @@ use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::table;
 use crate::threads::{State, Threads};
+use crate::trace::Tracer;
 use crate::vfork::Journal;
 use crate::vma::{Area, Areas, Sharing, effective};
 
@@ -121,6 +124,7 @@ pub(crate) struct Program {
     policy: Enforced,
     crash_report: Option<Arc<File>>,
     pid: AtomicU32,
+    tracer: OnceLock<Arc<Tracer>>,
     /// Whether this process is the child of a `fork`, with nobody to return to.
     forked: AtomicBool,
     /// Whether no second thread was ever made in this process.
@@ -141,6 +145,7 @@ impl Program {
             policy: Enforced::unrestricted(),
             crash_report: None,
             pid: AtomicU32::new(std::process::id()),
+            tracer: OnceLock::new(),
             forked: AtomicBool::new(false),
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
@@ -206,6 +211,20 @@ impl Program {
             fds.remove(at);
         }
         close(fd);
+    }
+
+    /// Has every call traced from now on. Only the first tracer counts.
+    pub(crate) fn set_tracer(&self, tracer: Arc<Tracer>) {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(tracer.descriptors());
+        fds.sort_unstable();
+        drop(fds);
+        let _ = self.tracer.set(tracer);
+    }
+
+    /// Who wants to know of every call.
+    pub(crate) fn tracer(&self) -> Option<&Tracer> {
+        self.tracer.get().map(AsRef::as_ref)
     }
 
     /// The process's id, the same for the program and the host.
@@ -298,7 +317,10 @@ impl Program {
         let mut fds = engine.fds();
         fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
         fds.extend(self.reports());
-        // What other threads held for a call, and pipes of other threads' `vfork`, which must not be held open here.
+        // Children are traced, too.
+        fds.extend(self.tracer().map(Tracer::descriptors).unwrap_or_default());
+        // What other threads held for a call, and pipes of other threads'
+        // `vfork`, which must not be held open here.
         for fd in locks.fds.iter() {
             if !before.contains(fd) && !fds.contains(fd) {
                 host::close(*fd);

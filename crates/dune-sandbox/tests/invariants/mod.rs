@@ -12,7 +12,7 @@ use dune_sandbox::policy::{Net, NormalPath};
 /// # Panics
 ///
 /// If any of it does not hold.
-pub fn check_policy(bytes: &[u8]) {
+pub(crate) fn check_policy(bytes: &[u8]) {
     let Ok(contents) = std::str::from_utf8(bytes) else {
         return;
     };
