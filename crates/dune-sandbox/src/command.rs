@@ -12,6 +12,8 @@ use dune_loader::{ImageError, find_command};
 use crate::confine::{self, ConfineError, SecondWall};
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
+use crate::handler::{HandleError, Handlers, Request};
+use crate::host::SysResult;
 use crate::launch::{self, LaunchError};
 use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
@@ -46,6 +48,7 @@ pub struct Command {
     own_checks: bool,
     explain: Option<Arc<File>>,
     crash_report: Option<Arc<File>>,
+    handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
 }
 
@@ -137,6 +140,7 @@ impl Command {
             own_checks: true,
             explain: None,
             crash_report: None,
+            handlers: Handlers::default(),
             tracer: None,
         }
     }
@@ -239,6 +243,29 @@ impl Command {
         self
     }
 
+    /// Has `handler` answer the system call of this name. See
+    /// [`handler`](crate::handler).
+    ///
+    /// ```
+    /// use dune_sandbox::Command;
+    ///
+    /// let command = Command::new("id").handle("getuid", |_| Ok(0))?;
+    /// # let _ = command;
+    /// # Ok::<(), dune_sandbox::HandleError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`HandleError`], if there is no such call or it cannot have a handler.
+    pub fn handle(
+        mut self,
+        call: &str,
+        handler: impl Fn(&mut Request<'_>) -> SysResult + Send + Sync + 'static,
+    ) -> Result<Self, HandleError> {
+        self.handlers.add(call, handler)?;
+        Ok(self)
+    }
+
     /// Has every system call of the program traced.
     #[must_use]
     pub fn tracer(mut self, tracer: Arc<Tracer>) -> Self {
@@ -293,6 +320,7 @@ impl Command {
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.program.set_handlers(self.handlers);
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);
         }

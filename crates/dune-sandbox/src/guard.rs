@@ -18,6 +18,7 @@ use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::crash::Crash;
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
 use crate::program::Program;
@@ -285,11 +286,11 @@ impl Guard {
     /// Sets what the program may do, and where its death is described. Only before it runs: nobody else may know
     /// of it yet.
     pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
-        if let Some(program) = Arc::get_mut(&mut self.program) {
-            program.set_policy(policy);
-            if let Some(file) = crash_report {
-                program.set_crash_report(file);
-            }
+        // Going on without the policy is the one thing that must not happen.
+        let program = Arc::get_mut(&mut self.program).expect("the program has not begun");
+        program.set_policy(policy);
+        if let Some(file) = crash_report {
+            program.set_crash_report(file);
         }
     }
 
@@ -383,21 +384,32 @@ impl Guard {
         {
             self.report_crash(signal, None, user);
         }
-        match call.handling {
-            Handling::Refused(errno) => Answer::Return(Err(errno)),
-            Handling::Missing => {
-                self.count_missing(call.nr);
-                Answer::Return(Err(Errno::ENOSYS))
-            }
-            Handling::Forwarded => Answer::Return(self.forward_as_told(call, args)),
-            Handling::Emulated(handler) => Answer::Return(
-                self.check(call, args)
-                    .and_then(|checked| handler(self, checked.values())),
-            ),
-            Handling::Control(handler) => match self.check(call, args) {
+        if let Handling::Control(handler) = call.handling {
+            return match self.check(call, args) {
                 Ok(checked) => handler(self, user, checked.values()),
                 Err(errno) => Answer::Return(Err(errno)),
-            },
+            };
+        }
+        Answer::Return(match self.program.handler(call.nr) {
+            Some(handler) => handler(&mut Request::new(self, call, args)),
+            None => self.handle_without_handler(call, args),
+        })
+    }
+
+    /// Handles a call that only has a result, by its row in the table.
+    pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: Args) -> SysResult {
+        match call.handling {
+            Handling::Refused(errno) => Err(errno),
+            // `Control` has been seen to; a row like any other that is not there.
+            Handling::Missing | Handling::Control(_) => {
+                self.count_missing(call.nr);
+                Err(Errno::ENOSYS)
+            }
+            Handling::Forwarded => self.forward_as_told(call, args),
+            Handling::Emulated(handler) => {
+                let checked = self.check(call, args)?;
+                handler(self, checked.values())
+            }
         }
     }
 

@@ -25,6 +25,7 @@ use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
+use crate::handler::{Handler, Handlers};
 use crate::host::{self, Errno};
 use crate::policy::enforced::Enforced;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
@@ -123,6 +124,8 @@ pub(crate) struct Program {
     missing: Mutex<BTreeMap<u32, u64>>,
     policy: Enforced,
     crash_report: Option<Arc<File>>,
+    /// Calls that the embedding program answers; set before the first runs.
+    handlers: OnceLock<Handlers>,
     pid: AtomicU32,
     tracer: OnceLock<Arc<Tracer>>,
     /// Whether this process is the child of a `fork`, with nobody to return to.
@@ -144,6 +147,7 @@ impl Program {
             missing: Mutex::default(),
             policy: Enforced::unrestricted(),
             crash_report: None,
+            handlers: OnceLock::new(),
             pid: AtomicU32::new(std::process::id()),
             tracer: OnceLock::new(),
             forked: AtomicBool::new(false),
@@ -230,6 +234,16 @@ impl Program {
     /// The process's id, the same for the program and the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid.load(Ordering::Relaxed)
+    }
+
+    /// Gives the program's calls these handlers, once.
+    pub(crate) fn set_handlers(&self, handlers: Handlers) {
+        let _ = self.handlers.set(handlers);
+    }
+
+    /// The handler of a call, if it has one.
+    pub(crate) fn handler(&self, nr: u32) -> Option<Arc<Handler>> {
+        self.handlers.get()?.find(nr)
     }
 
     /// The lock itself, for [`UserMemory`](crate::user::UserMemory).
