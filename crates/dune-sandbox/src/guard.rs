@@ -283,8 +283,12 @@ impl Guard {
         }
     }
 
-    /// Sets what the program may do, and where its death is described. Only before it runs: nobody else may know
-    /// of it yet.
+    /// Sets what the program may do, and where its death is described. Only
+    /// before it runs: nobody else may know of it yet.
+    ///
+    /// # Panics
+    ///
+    /// If somebody does.
     pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
         // Going on without the policy is the one thing that must not happen.
         let program = Arc::get_mut(&mut self.program).expect("the program has not begun");

@@ -98,6 +98,9 @@
 //! | the same with nothing left of earlier ones | 13,700 | |
 //! | through a gate and back | 278 | two writes of the protection key register 10 |
 //!
+//! A request to the web server of the examples, each read in a compartment, takes 144,700
+//! instructions, and 134,300 where all is one process (`https --measure`).
+//!
 //! An idle compartment has 20 KiB: four page tables and a page of stack. What exits: memory
 //! that the process uses for the first time, system calls that the guard passes on, and a
 //! signal for the thread.
@@ -124,7 +127,9 @@
 //! * A child that the process forks starts the runtime with the parent's image; its time
 //!   limits are not kept, because the thread that keeps them is the parent's.
 //! * Learning which grants a program needs by running it with everything allowed (Wedge's
-//!   Crowbar), and a server split into compartments as an example, are not there yet.
+//!   Crowbar) is not there yet.
+//! * In the web server of the examples the private key and the reading of requests are in
+//!   compartments. The TLS session keys are not: rustls keeps them in the process.
 //! * glibc on x86-64 only.
 //!
 //! # How it is made

@@ -274,7 +274,7 @@ impl Tracer {
     /// A call is over. `result` is `None` if it does not return.
     pub(crate) fn after(
         &self,
-        begun: Begun,
+        mut begun: Begun,
         result: Option<SysResult>,
         memory: UserMemory<'_>,
         thread: u32,
@@ -301,14 +301,14 @@ impl Tracer {
         }
         let told = EXITS.contains(&begun.nr);
         if let Some(sink) = self.sink.as_ref().filter(|_| !told) {
-            let words = self.words_after(&begun, result, memory);
+            let words = self.words_after(&mut begun, result, memory);
             self.tell(sink.as_ref(), &begun, &words, outcome, took, thread);
         }
     }
 
     fn words_after(
         &self,
-        begun: &Begun,
+        begun: &mut Begun,
         result: Option<SysResult>,
         memory: UserMemory<'_>,
     ) -> Vec<String> {
@@ -316,12 +316,12 @@ impl Tracer {
         let value = result.and_then(Result::ok);
         let values = self.values(call, begun.args, memory, value);
         let signature = signature(begun.nr).unwrap_or_default();
-        begun
-            .words
-            .iter()
+        let words = core::mem::take(&mut begun.words);
+        words
+            .into_iter()
             .enumerate()
             .map(|(index, printed)| match (printed, signature.get(index)) {
-                (Some(printed), _) => printed.clone(),
+                (Some(printed), _) => printed,
                 (None, Some(&how)) => word(&values, index, how),
                 (None, None) => hex(begun.args[index]),
             })

@@ -1,7 +1,5 @@
 //! Bytes as strings of C.
 
-use core::fmt::Write;
-
 /// Appends `bytes` in quotes, what cannot be printed by its escape.
 pub(crate) fn quote(out: &mut String, bytes: &[u8]) {
     out.push('"');
@@ -18,15 +16,23 @@ pub(crate) fn quote(out: &mut String, bytes: &[u8]) {
             _ => {
                 // Short, unless a digit that follows would be taken for a part.
                 let digit_follows = bytes.get(index + 1).is_some_and(u8::is_ascii_digit);
-                let _ = if digit_follows {
-                    write!(out, "\\{byte:03o}")
-                } else {
-                    write!(out, "\\{byte:o}")
-                };
+                octal(out, byte, if digit_follows { 3 } else { 1 });
             }
         }
     }
     out.push('"');
+}
+
+/// Appends a backslash and the octal digits of `byte`, at least `least`. By
+/// hand: most bytes of binary data go this way.
+fn octal(out: &mut String, byte: u8, least: u32) {
+    out.push('\\');
+    for place in (0..3_u32).rev() {
+        let rest = byte >> (3 * place);
+        if rest != 0 || place < least {
+            out.push(char::from(b'0' + (rest & 7)));
+        }
+    }
 }
 
 /// As [`quote`], at most `limit` bytes, with `...` if there are more.
