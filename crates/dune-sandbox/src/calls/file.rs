@@ -2,12 +2,13 @@
 
 use linux_raw_sys::general::{
     __NR_fcntl, __NR_getdents, __NR_getdents64, __NR_ioctl, __NR_openat, __NR_openat2, __NR_preadv,
-    __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev, AT_FDCWD,
-    O_CREAT, O_TRUNC, O_WRONLY,
+    __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev,
+    __O_TMPFILE, AT_FDCWD, F_DUPFD, F_DUPFD_CLOEXEC, O_CREAT, O_TRUNC, O_WRONLY,
 };
 use linux_raw_sys::ioctl::{FS_IOC_SETFLAGS, SIOCGIFCONF};
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
+use crate::calls::procfs::Folder;
 use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -44,8 +45,10 @@ pub(crate) fn openat(guard: &mut Guard, args: Args) -> SysResult {
     let [dirfd, path, flags, mode, ..] = args;
     let mut held = flags;
     let path = guard.hold_opened(dirfd, path, &mut held)?;
-    let opened = forward(__NR_openat, [dirfd, path, held, mode, 0, 0])?;
-    procfs::vet(guard, opened, flags)
+    let more = held & !flags;
+    procfs::open(guard, flags, |flags| {
+        forward(__NR_openat, [dirfd, path, flags | more, mode, 0, 0])
+    })
 }
 
 pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
@@ -70,14 +73,20 @@ pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
     for (field, bytes) in how.iter_mut().zip(known.as_chunks::<8>().0) {
         *field = u64::from_le_bytes(*bytes);
     }
-    let flags = how[0];
-    if how[2] != 0 && guard.program.policy().files().is_some() {
+    let [flags, mode, resolve] = how;
+    if resolve != 0 && guard.program.policy().files().is_some() {
         // Ways of resolving a path that is not the program's any more.
         return Err(Errno::ENOSYS);
     }
-    let path = guard.hold_opened(dirfd, path, &mut how[0])?;
-    let opened = forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])?;
-    procfs::vet(guard, opened, flags)
+    let mut held = flags;
+    let path = guard.hold_opened(dirfd, path, &mut held)?;
+    let more = held & !flags;
+    procfs::open(guard, flags, |flags| {
+        // The kernel wants no mode where nothing is made.
+        let makes = flags & u64::from(O_CREAT | __O_TMPFILE) != 0;
+        let how = [flags | more, if makes { mode } else { 0 }, resolve];
+        forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])
+    })
 }
 
 pub(crate) fn readlink(guard: &mut Guard, args: Args) -> SysResult {
@@ -151,11 +160,15 @@ pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
     forward(__NR_ioctl, [fd, request, argument, 0, 0, 0])
 }
 
-pub(crate) fn fcntl(_guard: &mut Guard, args: Args) -> SysResult {
+pub(crate) fn fcntl(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, command, argument, ..] = args;
     let kind = fcntl_argument(command as u32).ok_or(Errno::EINVAL)?;
     let argument = checked(kind, argument)?;
-    forward(__NR_fcntl, [fd, command, argument, 0, 0, 0])
+    let args = [fd, command, argument, 0, 0, 0];
+    if matches!(command as u32, F_DUPFD | F_DUPFD_CLOEXEC) {
+        return fd::steadily::<__NR_fcntl>(guard, args);
+    }
+    forward(__NR_fcntl, args)
 }
 
 fn checked(kind: Argument, argument: u64) -> Result<u64, Errno> {
@@ -177,21 +190,23 @@ pub(crate) fn getdents(guard: &mut Guard, args: Args) -> SysResult {
     list(guard, __NR_getdents, args, NAME)
 }
 
-/// Lists a folder; the guard's descriptors are left out of `/proc/self/fd`.
+/// Lists a folder; the guard's descriptors and threads are left out of
+/// `/proc/self/fd` and `/proc/self/task`.
 fn list(guard: &mut Guard, nr: u32, args: Args, name_offset: usize) -> SysResult {
     let [fd, buffer, ..] = args;
     loop {
         let len = forward(nr, args)?;
-        if len == 0 || !procfs::is_own_fd_folder(guard, fd) {
-            return Ok(len);
-        }
+        let folder = match Folder::of(guard, fd) {
+            Some(folder) if len != 0 => folder,
+            _ => return Ok(len),
+        };
         let mut entries = vec![0; len as usize];
         guard.memory().read(buffer, &mut entries)?;
         let kept = without_hidden(&entries, name_offset, |name| {
             core::str::from_utf8(name)
                 .ok()
                 .and_then(|name| name.parse().ok())
-                .is_some_and(|number| guard.is_hidden_fd(number))
+                .is_some_and(|number| folder.hides(guard, number))
         });
         // All hidden: zero would mean the end of the folder.
         if !kept.is_empty() {

@@ -225,6 +225,9 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
     let previous = match kept {
         Some(previous) => previous,
         None => {
+            // The guard changes the limit on descriptors for a moment where it makes
+            // one.
+            let _steady = guard.program.hidden_fds();
             let mut previous: Limit = [0; 2];
             if let Some(new) = &new {
                 refuse_more_cpu_time(guard, resource, new)?;

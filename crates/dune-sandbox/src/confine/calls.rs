@@ -5,8 +5,9 @@
 //! drift apart from what is forwarded: a row that is forwarded, emulated or
 //! controlled is let through, everything else gets `EPERM`.
 //!
-//! Three calls are looked at more closely:
+//! A few calls are looked at more closely:
 //!
+//! - `unshare`, which the guard itself uses, of descriptors only;
 //! - `mmap` and `mprotect` with `PROT_EXEC`: the host process needs no memory
 //!   that can be executed beyond what it was started with, for the program's
 //!   code is executed in the guest only;
@@ -49,7 +50,8 @@ const GUARDS_OWN: &[u32] = &[
     __NR_rseq,
     __NR_futex,
     __NR_membarrier,
-    // Files that the guard writes for the program.
+    // Files that the guard reads and writes for the program.
+    __NR_unshare,
     __NR_memfd_create,
 ];
 
@@ -88,6 +90,17 @@ fn program(net: Net) -> Result<BpfProgram, seccompiler::BackendError> {
     for nr in [__NR_mmap, __NR_mprotect] {
         rules.insert(nr.into(), vec![SeccompRule::new(vec![no_exec.clone()])?]);
     }
+    // A thread of the guard that reads a file where no other thread has it.
+    let own_files = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Qword,
+        SeccompCmpOp::Eq,
+        u64::from(CLONE_FILES),
+    )?;
+    rules.insert(
+        __NR_unshare.into(),
+        vec![SeccompRule::new(vec![own_files])?],
+    );
     if rules.contains_key(&__NR_socket.into())
         && let Some(families) = families(net)
     {
