@@ -12,6 +12,9 @@ use dune_x86::paging::{ENTRIES, Entry, EntryKind, Level};
 
 use super::set::{Bits, WORD, valid_bits};
 
+/// A bit for each of eight entries.
+const EIGHT: u64 = 0xff;
+
 /// Where tables are found.
 pub(super) trait TableSource {
     /// The entries of the table at a guest physical address; `None` where it is out of reach.
@@ -156,16 +159,21 @@ impl Scan {
             };
             let valid = valid_bits(first, &pages);
             let mut mask = 0;
+            // The next eight neighbours are likely as the last: none, all, or some.
+            let mut some = 0;
             for (group, eight) in entries.chunks_exact(8).enumerate() {
-                let (any, all) = eight.iter().fold((0, !0), |(any, all), entry| {
-                    let entry = entry.load(Ordering::Relaxed);
-                    (any | entry, all & entry)
-                });
-                if all & bit != 0 {
-                    mask |= 0xff << (group * 8);
-                } else if any & bit != 0 {
-                    mask |= marked(eight, bit) << (group * 8);
+                let load = |entry: &AtomicU64| entry.load(Ordering::Relaxed);
+                if some == 0 {
+                    if eight.iter().fold(0, |any, entry| any | load(entry)) & bit == 0 {
+                        continue;
+                    }
+                    some = marked(eight, bit);
+                } else if some != EIGHT
+                    || eight.iter().fold(bit, |all, entry| all & load(entry)) == 0
+                {
+                    some = marked(eight, bit);
                 }
+                mask |= some << (group * 8);
             }
             mask &= valid;
             if mask != 0 {
