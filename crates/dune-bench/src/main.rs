@@ -26,6 +26,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::crossings::Suite;
+
 /// Measures Dune against Linux.
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -37,7 +39,9 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// The crossings: traps, system calls, rings, address spaces, memory.
-    Core(CoreArguments),
+    Core(SuiteArguments),
+    /// Compartments beside processes, threads and protection keys.
+    Wedge(SuiteArguments),
     /// Programs in the sandbox, natively, and under its peers.
     Sandbox(SandboxArguments),
     /// The ptrace-based tracer of `sandbox`.
@@ -53,10 +57,11 @@ enum Bench {
 }
 
 #[derive(Debug, clap::Args)]
-struct CoreArguments {
-    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
-    #[arg(long, value_name = "PATH", default_value = "target/bench/core.json")]
-    json: PathBuf,
+struct SuiteArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error)
+    /// [default: target/bench/NAME.json].
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
     /// Samples of each row, of which the median is reported.
     #[arg(long, value_name = "N", default_value_t = 51, value_parser = clap::value_parser!(u32).range(3..))]
     samples: u32,
@@ -89,7 +94,8 @@ struct SandboxArguments {
 
 fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().bench {
-        Bench::Core(arguments) => run_core(arguments)?,
+        Bench::Core(arguments) => run(Suite::Core, "core", arguments)?,
+        Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments)?,
         Bench::Sandbox(arguments) => run_sandbox(arguments)?,
         Bench::TraceCalls { command } => return sandbox::tracer::main(command),
         Bench::ComputeKernel => crossings::compute::main(),
@@ -97,13 +103,17 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run_core(arguments: CoreArguments) -> anyhow::Result<()> {
-    let report = crossings::run(&crossings::Choices {
+fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()> {
+    let path = arguments
+        .json
+        .unwrap_or_else(|| format!("target/bench/{name}.json").into());
+    let choices = crossings::Choices {
         samples: arguments.samples as usize,
         only: arguments.only,
         dune: arguments.dune,
-    });
-    publish(&arguments.json, &report.table(), &report.json()?)
+    };
+    let report = crossings::run(suite, &choices);
+    publish(&path, &report.table(), &report.json()?)
 }
 
 fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {

@@ -177,6 +177,38 @@ impl UserContext {
         unsafe { core::slice::from_raw_parts(self.xsave(), self.xsave_size) }
     }
 
+    /// Makes the context as [`new`](Self::new) would: ring 3 starts at `rip` with the stack
+    /// pointer `rsp` and learns nothing of who ran before. Some fifty instructions.
+    pub fn reset(&mut self, rip: u64, rsp: u64) {
+        const HEADER: usize = 512;
+        let xsave = self.xsave();
+        // No component is in use: XRSTOR then gives each its initial value, whatever is left
+        // in the area (SDM vol. 1, 13.8), and MXCSR alone is taken from it.
+        // SAFETY: every area has the legacy region and the header, 576 bytes.
+        unsafe { xsave.wrapping_add(HEADER).cast::<[u64; 8]>().write([0; 8]) };
+        // SAFETY: as above.
+        unsafe {
+            xsave
+                .wrapping_add(XSTATE_MXCSR)
+                .cast::<u32>()
+                .write(DEFAULT_MXCSR)
+        };
+        // SAFETY: as above.
+        unsafe {
+            xsave
+                .wrapping_add(XSTATE_FCW)
+                .cast::<u16>()
+                .write(DEFAULT_FCW)
+        };
+        let inner = self.inner_mut();
+        inner.frame = TrapFrame::default();
+        inner.frame.rip = rip;
+        inner.frame.rsp = rsp;
+        inner.frame.rflags = RFLAGS_FIXED | RFLAGS_IF;
+        inner.fs_base = 0;
+        inner.gs_base = 0;
+    }
+
     /// Puts the extended state back to what it is after a reset.
     pub fn reset_extended_state(&mut self) {
         let mut state = [0; 512];

@@ -14,7 +14,7 @@ pub(crate) fn dune(bench: &Bench, row: &mut Row) {
     row.note("the child of a process in Dune mode gets a VM and is in Dune mode");
 }
 
-fn fork(bench: &Bench) -> Figure {
+pub(super) fn fork(bench: &Bench) -> Figure {
     bench.meter.with_at_most(11).measure(1, || {
         // SAFETY: the child ends at once.
         let pid = unsafe { libc::fork() };

@@ -20,6 +20,7 @@ mod run_ls;
 mod signal;
 mod syscall;
 mod tracer;
+mod wedge;
 
 use std::path::{Path, PathBuf};
 
@@ -192,8 +193,26 @@ const CROSSINGS: &[Crossing] = &[
     },
 ];
 
+/// What is measured in one run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Suite {
+    /// The crossings.
+    Core,
+    /// Compartments.
+    Wedge,
+}
+
+impl Suite {
+    fn crossings(self) -> &'static [Crossing] {
+        match self {
+            Self::Core => CROSSINGS,
+            Self::Wedge => wedge::CROSSINGS,
+        }
+    }
+}
+
 /// Measures everything that was chosen.
-pub(crate) fn run(choices: &Choices) -> Report {
+pub(crate) fn run(suite: Suite, choices: &Choices) -> Report {
     let clock = Clock::calibrate();
     let machine = Machine::describe(&clock, choices.samples);
     let bench = Bench {
@@ -204,7 +223,8 @@ pub(crate) fn run(choices: &Choices) -> Report {
         let only = choices.only.as_deref();
         only.is_none_or(|text| crossing.id.contains(text))
     };
-    let mut rows: Vec<_> = CROSSINGS
+    let mut rows: Vec<_> = suite
+        .crossings()
         .iter()
         .filter(wanted)
         .map(|crossing| (crossing, Row::new(crossing.id, crossing.label)))

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   call of a tracee -> stop -> answered here: result into the registers, go on   (one stop)
-//!                           \-> passed on:     made again, let through at its entry (two stops)
+//!                           \-> passed on:     made again as a single step             (two stops)
 //! ```
 #![expect(unsafe_code, reason = "fork, exec and ptrace")]
 
@@ -26,7 +26,7 @@ const SYSCALL_LENGTH: u64 = 2;
 enum Resumed {
     /// Its next call stops it and is not made.
     ToTake,
-    /// Its next call stops it and is made then.
+    /// It makes the call at which it stands, and stops behind it.
     ToPass,
 }
 
@@ -76,8 +76,8 @@ fn on_stop(tracees: &mut BTreeMap<libc::pid_t, Resumed>, pid: libc::pid_t, statu
     let resumed = known.unwrap_or(Resumed::ToTake);
     let (next, signal) = match (resumed, signal) {
         (Resumed::ToTake, SYSCALL_STOP) => (take(pid), 0),
-        (Resumed::ToPass, SYSCALL_STOP) => (Resumed::ToTake, 0),
         _ if is_event => (resumed, 0),
+        (Resumed::ToPass, libc::SIGTRAP) => (Resumed::ToTake, 0),
         // The first stop of a new one.
         (_, libc::SIGSTOP) if known.is_none() => (resumed, 0),
         (_, signal) => (resumed, signal),
@@ -124,7 +124,7 @@ fn answer(number: u64, pid: libc::pid_t) -> Option<i64> {
 fn resume(pid: libc::pid_t, how: Resumed, signal: libc::c_int) {
     let how = match how {
         Resumed::ToTake => PTRACE_SYSEMU,
-        Resumed::ToPass => libc::PTRACE_SYSCALL,
+        Resumed::ToPass => libc::PTRACE_SINGLESTEP,
     };
     // One that was killed meanwhile is reported by `wait`.
     let _ = request(how, pid, signal as usize);

@@ -110,6 +110,7 @@ mod edit;
 mod entry;
 mod flush;
 mod map;
+mod own;
 mod reclaim;
 mod share;
 #[cfg(test)]

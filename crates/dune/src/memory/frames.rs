@@ -128,6 +128,43 @@ impl Tables {
 }
 
 impl Tables {
+    /// Zeroes a table that is linked nowhere yet.
+    fn clear(self, table: GuestPhys) {
+        let Some(first) = self.entry(table, 0) else {
+            return;
+        };
+        let first = core::ptr::from_ref(first).cast_mut().cast::<[u128; 8]>();
+        for index in 0..FRAME / size_of::<[u128; 8]>() {
+            // SAFETY: within the frame, which is aligned to its size and nobody else's yet.
+            unsafe { first.wrapping_add(index).write([0; 8]) };
+        }
+    }
+
+    /// Copies entries of one table to the same places of another, which is linked nowhere
+    /// yet, with more bits.
+    pub(super) fn copy_entries(
+        self,
+        from: GuestPhys,
+        to: GuestPhys,
+        indices: core::ops::Range<usize>,
+        bits: u64,
+    ) {
+        let (Some(from), Some(to)) = (
+            self.entry(from, indices.start),
+            self.entry(to, indices.start),
+        ) else {
+            return;
+        };
+        let from: *const AtomicU64 = from;
+        let to = core::ptr::from_ref(to).cast_mut().cast::<u64>();
+        for index in 0..indices.len().min(ENTRIES) {
+            // SAFETY: within the table, as its caller knows its indices.
+            let entry = unsafe { &*from.wrapping_add(index) }.load(Ordering::Relaxed);
+            // SAFETY: as above; nobody else writes to a table that is linked nowhere.
+            unsafe { to.wrapping_add(index).write(entry | bits) };
+        }
+    }
+
     /// Page directories of windows, on a CPU without pages of 1 GiB.
     #[cold]
     fn elsewhere(table: u64) -> Option<u64> {
@@ -184,10 +221,7 @@ impl Frames {
 impl FrameAllocator for Frames {
     fn allocate_table(&self) -> Option<GuestPhys> {
         let frame = Machine::get()?.frames().pool.allocate()?;
-        let memory = Tables::new();
-        for index in 0..ENTRIES {
-            memory.write(frame, index, 0);
-        }
+        Tables::new().clear(frame);
         Some(frame)
     }
 

@@ -15,6 +15,8 @@ use dune_x86::trap::PageFaultError;
 
 use crate::machine::Machine;
 
+mod borrow;
+mod copy;
 mod frames;
 pub(crate) mod identity;
 mod pages;
@@ -23,6 +25,8 @@ mod space;
 pub(crate) mod stack;
 mod tlb;
 
+pub use borrow::PageEntry;
+pub use copy::UserFault;
 pub use dune_x86::addr::{PageSize, VirtRange};
 pub use dune_x86::paging::{Change, Entry, Flush, Leaf, NoFlush, PteFlags, Walk};
 pub use frames::{Frames, Tables};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::paging::{
-    ENTRIES, EditFailure, Entry, Flush, Leaf, MapError, PteFlags, ShareError, TableMemory, Walk,
+    ENTRIES, EditFailure, Entry, Flush, Leaf, MapError, PteFlags, ShareError, Walk,
 };
 
 use super::tlb::{HIGHEST_PCID, PCIDS, SPACES, SpaceTlb};
@@ -52,6 +52,8 @@ pub struct AddressSpace {
     pcid: u16,
     /// What keeps the mapped memory from being freed.
     held: Vec<(VirtRange, Arc<Pages>)>,
+    /// Whose tables are borrowed.
+    pub(super) lenders: Vec<Arc<AddressSpace>>,
 }
 
 /// PCIDs in use, as a bit set; bit 0 is the process's.
@@ -92,17 +94,19 @@ impl AddressSpace {
     pub fn empty() -> Result<Self, SpaceError> {
         let process = ProcessTables::get().ok_or(SpaceError::NotEntered)?;
         let table = PageTable::new(Tables::new(), Frames::new())?;
-        let memory = Tables::new();
-        for index in ENTRIES / 2..ENTRIES {
-            // Exactly as the process has them: without the right of ring 3.
-            let entry = memory.read(process.table().root(), index);
-            memory.write(table.root(), index, entry | Entry::BORROWED);
-        }
+        // Exactly as the process has them: without the right of ring 3.
+        Tables::new().copy_entries(
+            process.table().root(),
+            table.root(),
+            ENTRIES / 2..ENTRIES,
+            Entry::BORROWED,
+        );
         SPACES.fetch_add(1, Ordering::SeqCst);
         let space = Self {
             table: Some(table),
             pcid: take_pcid(),
             held: Vec::new(),
+            lenders: Vec::new(),
         };
         // Whatever a vCPU remembers of the identifier's last owner.
         Flush::everything().apply(&space.tlb());
@@ -132,15 +136,17 @@ impl AddressSpace {
         SpaceTlb { pcid: self.pcid }
     }
 
+    #[inline]
     pub(crate) fn pcid(&self) -> u16 {
         self.pcid
     }
 
+    #[inline]
     pub(crate) fn root(&self) -> u64 {
         self.table.as_ref().map_or(0, |table| table.root().as_u64())
     }
 
-    fn table(&self) -> Result<&PageTable, SpaceError> {
+    pub(super) fn table(&self) -> Result<&PageTable, SpaceError> {
         self.table.as_ref().ok_or(SpaceError::NotEntered)
     }
 
@@ -266,7 +272,7 @@ impl AddressSpace {
         self.paid(self.table()?.clear_dirty(range, visit))
     }
 
-    fn paid(&self, edit: Result<Flush, EditFailure>) -> Result<(), SpaceError> {
+    pub(super) fn paid(&self, edit: Result<Flush, EditFailure>) -> Result<(), SpaceError> {
         match edit {
             Ok(flush) => {
                 flush.apply(&self.tlb());

@@ -53,6 +53,7 @@ impl ValidPcids {
     }
 
     /// Sets a PCID's bit; whether it was set.
+    #[inline]
     pub(crate) fn set(&self, pcid: u16) -> bool {
         let bit = 1 << (pcid % 64);
         self.0.get(usize::from(pcid / 64)).is_some_and(|word| {

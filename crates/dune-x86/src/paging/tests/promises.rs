@@ -918,3 +918,53 @@ fn a_large_page_mapped_into_a_range_being_edited_is_cut() {
         },
     );
 }
+
+#[test]
+fn owning_the_way_changes_no_translation_and_frees_the_page_for_edits() {
+    let memory = TestMemory::new(32);
+    let pool = memory.pool();
+    let lender: Tables<'_> = tables(&memory, &pool);
+    let near = range(BASE, 4 * 0x1000);
+    let far = range(BASE + GIB, MIB2);
+    for pages in [near, far] {
+        let to = pa(pages.start().as_u64() & 0xfff_ffff_f000);
+        lender
+            .map_range(pages, to, PageSize::Size4KiB, PteFlags::R)
+            .unwrap();
+    }
+    let before = pool.in_use();
+    let borrower: Tables<'_> = tables(&memory, &pool);
+    borrower.share_from(&lender, near).unwrap();
+    assert_eq!(pool.in_use(), before + 1, "borrowing takes no tables");
+
+    let flush = borrower.own_way(va(BASE + 0x1000)).unwrap();
+    assert_eq!(flush.scope(), FlushScope::Everything);
+    done(flush);
+    assert_eq!(pool.in_use(), before + 4, "one table a level");
+    let whole = range(BASE, 2 * GIB);
+    assert_eq!(leaves(&borrower, whole), leaves(&lender, whole));
+    done(borrower.own_way(va(BASE + 0x2000)).unwrap());
+    assert_eq!(pool.in_use(), before + 4, "owned already");
+
+    // The page can be edited, and the lender does not see it.
+    let page = range(BASE + 0x1000, 0x1000);
+    done(borrower.unmap(page, |_| ()).unwrap());
+    let (at, own) = (page.start(), pa(0x5000));
+    borrower
+        .map(at, own, PageSize::Size4KiB, PteFlags::RW)
+        .unwrap();
+    assert_eq!(borrower.translate(at), Some(own));
+    assert_eq!(
+        lender.translate(at),
+        Some(pa(at.as_u64() & 0xfff_ffff_f000))
+    );
+    // What hangs off the way is still the lender's.
+    assert!(matches!(
+        borrower.unmap(far, |_| ()).unwrap_err().cause,
+        EditError::Borrowed { .. }
+    ));
+
+    borrower.free();
+    assert_eq!(pool.in_use(), before, "nothing of the lender's was freed");
+    assert_eq!(leaves(&lender, whole).len(), 4 + 512);
+}
