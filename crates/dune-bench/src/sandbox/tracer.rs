@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   call of a tracee -> stop -> answered here: result into the registers, go on   (one stop)
-//!                           \-> passed on:     made again as a single step             (two stops)
+//!                           \-> passed on:     end of the call not made, the same call
+//!                                              made again, let through at its start (three stops)
 //! ```
 #![expect(unsafe_code, reason = "fork, exec and ptrace")]
 
@@ -26,7 +27,9 @@ const SYSCALL_LENGTH: u64 = 2;
 enum Resumed {
     /// Its next call stops it and is not made.
     ToTake,
-    /// It makes the call at which it stands, and stops behind it.
+    /// It stops at the end of the call that is not made.
+    ToLeave,
+    /// Its next call stops it and is made then.
     ToPass,
 }
 
@@ -76,8 +79,9 @@ fn on_stop(tracees: &mut BTreeMap<libc::pid_t, Resumed>, pid: libc::pid_t, statu
     let resumed = known.unwrap_or(Resumed::ToTake);
     let (next, signal) = match (resumed, signal) {
         (Resumed::ToTake, SYSCALL_STOP) => (take(pid), 0),
+        (Resumed::ToLeave, SYSCALL_STOP) => (Resumed::ToPass, 0),
+        (Resumed::ToPass, SYSCALL_STOP) => (Resumed::ToTake, 0),
         _ if is_event => (resumed, 0),
-        (Resumed::ToPass, libc::SIGTRAP) => (Resumed::ToTake, 0),
         // The first stop of a new one.
         (_, libc::SIGSTOP) if known.is_none() => (resumed, 0),
         (_, signal) => (resumed, signal),
@@ -104,7 +108,7 @@ fn take(pid: libc::pid_t) -> Resumed {
         None => {
             registers.rax = registers.orig_rax;
             registers.rip -= SYSCALL_LENGTH;
-            Resumed::ToPass
+            Resumed::ToLeave
         }
     };
     // SAFETY: as above; the kernel reads it.
@@ -124,7 +128,7 @@ fn answer(number: u64, pid: libc::pid_t) -> Option<i64> {
 fn resume(pid: libc::pid_t, how: Resumed, signal: libc::c_int) {
     let how = match how {
         Resumed::ToTake => PTRACE_SYSEMU,
-        Resumed::ToPass => libc::PTRACE_SINGLESTEP,
+        Resumed::ToLeave | Resumed::ToPass => libc::PTRACE_SYSCALL,
     };
     // One that was killed meanwhile is reported by `wait`.
     let _ = request(how, pid, signal as usize);
