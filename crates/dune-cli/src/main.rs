@@ -3,6 +3,7 @@
 //! | command | file |
 //! |---|---|
 //! | `dune run -- CMD` | [`run`]: the sandbox, with the engine that fits the machine |
+//! | `dune trace -- CMD` | [`trace`]: the same, with every system call decoded |
 //! | `dune check` | [`check`]: what this machine offers |
 //! | `dune lab -- CMD` | crate `dune-lab` |
 //! | `dune syscalls` | [`syscalls`]: the sandbox's table of calls |
@@ -18,6 +19,7 @@ mod output;
 mod run;
 mod streams;
 mod syscalls;
+mod trace;
 mod watchdog;
 
 use std::process::ExitCode;
@@ -42,6 +44,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     Run(run::RunArgs),
+    Trace(trace::TraceArgs),
     Check(check::CheckArgs),
     #[command(after_help = LAB_EXAMPLES)]
     Lab(dune_lab::LabArgs),
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Task::Run(args) => run::run(&args),
+        Task::Trace(args) => trace::trace(&args),
         Task::Check(args) => check::check(&args),
         Task::Lab(args) => return lab(&args),
         Task::Syscalls(args) => syscalls::list(&args),

@@ -20,6 +20,7 @@ use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
 use dune_sandbox::{Command, MissingCall};
 
+use crate::trace::{Trace, TraceOptions};
 use crate::{observed, output, streams, watchdog};
 
 /// Run a program in the sandbox: unmodified, in ring 3 of a virtual CPU.
@@ -96,6 +97,15 @@ impl From<Where> for PlacementRequest {
 ///
 /// What keeps Dune from running it, with the remedy.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    run_traced(args, None)
+}
+
+/// As [`run`], with every system call traced.
+///
+/// # Errors
+///
+/// As [`run`], and if the trace cannot be written.
+pub(crate) fn run_traced(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
     let placement = match args.placement {
         None => probe::placement()?,
         Some(Where::Lab) => Placement::Lab,
@@ -106,9 +116,9 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             if !is_asked_for_the_lab(args) {
                 check_limits()?;
             }
-            in_lab(args)
+            in_lab(args, trace)
         }
-        Placement::InGuest | Placement::OnHost => here(args, placement),
+        Placement::InGuest | Placement::OnHost => here(args, placement, trace),
     }
 }
 
@@ -135,9 +145,17 @@ fn check_limits() -> anyhow::Result<()> {
     }
 }
 
-fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
+fn here(
+    args: &RunArgs,
+    placement: Placement,
+    trace: Option<&TraceOptions>,
+) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let command = command(args);
+    let mut command = command(args);
+    let trace = trace.map(Trace::start).transpose()?;
+    if let Some(trace) = &trace {
+        command = command.tracer(trace.tracer());
+    }
     if let Some(limit) = args.timeout {
         watchdog::start(limit, program_name(args))?;
     }
@@ -149,12 +167,17 @@ fn here(args: &RunArgs, placement: Placement) -> anyhow::Result<ExitCode> {
     streams::close_again();
     match command.run(Box::new(engine)) {
         Ok(outcome) => {
-            if let Some(warning) = missing_calls(&outcome.missing).filter(|_| !args.quiet) {
+            if let Some(warning) =
+                missing_calls(&outcome.missing).filter(|_| !args.quiet && trace.is_none())
+            {
                 observer.say(&warning);
             }
             if args.stats {
                 let summary = observer.counts().summary(placement, started.elapsed());
                 observer.say(&summary);
+            }
+            if let Some(trace) = trace {
+                trace.finish(outcome.end);
             }
             outcome.end.leave()
         }
@@ -208,7 +231,7 @@ fn missing_calls(missing: &[MissingCall]) -> Option<String> {
 }
 
 /// The same command again, inside of the lab, where KVM runs ring 0.
-fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
+fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
     /// The lab's options as its own command line has them.
     #[derive(Parser)]
     struct Lab {
@@ -217,7 +240,7 @@ fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
     }
     let dune = std::env::current_exe().context("cannot find this program's own file")?;
     let mut words: Vec<OsString> = vec!["dune".into(), "--".into(), dune.into_os_string()];
-    words.extend(arguments_in_lab(args));
+    words.extend(arguments_in_lab(args, trace));
     let mut lab = Lab::try_parse_from(words)
         .context("the lab's own command line")?
         .lab;
@@ -233,8 +256,12 @@ fn in_lab(args: &RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The arguments of `dune` in the lab for what was asked for here.
-fn arguments_in_lab(args: &RunArgs) -> Vec<OsString> {
-    let mut words: Vec<OsString> = vec!["run".into(), "--placement=auto".into()];
+fn arguments_in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> Vec<OsString> {
+    let mut words = match trace {
+        None => vec!["run".into()],
+        Some(trace) => trace.words(),
+    };
+    words.push("--placement=auto".into());
     for (name, value) in &args.env {
         let mut variable = name.clone();
         variable.push("=");
@@ -324,7 +351,7 @@ mod tests {
         let args = parse(&[
             "--env", "A=b c", "--cwd", "/tmp", "--quiet", "--", "ls", "--env",
         ]);
-        let words = arguments_in_lab(&args);
+        let words = arguments_in_lab(&args, None);
         let expected = [
             "run",
             "--placement=auto",

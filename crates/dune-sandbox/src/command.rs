@@ -4,14 +4,18 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use dune_loader::{ImageError, find_command};
 
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
+use crate::handler::{HandleError, Handlers, Request};
+use crate::host::SysResult;
 use crate::launch::{self, LaunchError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
+use crate::trace::Tracer;
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -35,6 +39,8 @@ pub struct Command {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
+    handlers: Handlers,
+    tracer: Option<Arc<Tracer>>,
 }
 
 /// What became of a program.
@@ -110,6 +116,8 @@ impl Command {
             args: Vec::new(),
             environment: std::env::vars_os().collect(),
             directory: None,
+            handlers: Handlers::default(),
+            tracer: None,
         }
     }
 
@@ -165,6 +173,36 @@ impl Command {
         self
     }
 
+    /// Has `handler` answer the system call of this name. See
+    /// [`handler`](crate::handler).
+    ///
+    /// ```
+    /// use dune_sandbox::Command;
+    ///
+    /// let command = Command::new("id").handle("getuid", |_| Ok(0))?;
+    /// # let _ = command;
+    /// # Ok::<(), dune_sandbox::HandleError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`HandleError`], if there is no such call or it cannot have a handler.
+    pub fn handle(
+        mut self,
+        call: &str,
+        handler: impl Fn(&mut Request<'_>) -> SysResult + Send + Sync + 'static,
+    ) -> Result<Self, HandleError> {
+        self.handlers.add(call, handler)?;
+        Ok(self)
+    }
+
+    /// Has every system call of the program traced.
+    #[must_use]
+    pub fn tracer(mut self, tracer: Arc<Tracer>) -> Self {
+        self.tracer = Some(tracer);
+        self
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -212,6 +250,10 @@ impl Command {
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.program.set_handlers(self.handlers);
+        if let Some(tracer) = self.tracer {
+            guard.program.set_tracer(tracer);
+        }
         signal::host::forbid_core_dumps();
         let prepared = launch::prepare(&path, argv, &envp, guard.program.process().limits.stack())?;
         let mut user = prepared.load(&mut guard)?;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::calls::fork::finish_vfork;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::program::Program;
 use crate::range::{PageRange, UserRange};
@@ -291,13 +292,17 @@ impl Guard {
         let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
         // As the kernel: the number is the low half.
         let nr = rax as u32;
+        let begun = self.trace_call(nr, args);
         let Some(call) = table::find(nr) else {
+            self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
             self.count_missing(nr);
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
         self.never_restart = false;
-        let result = match self.dispatch(call, user, args) {
+        let answer = self.dispatch(call, user, args);
+        self.trace_answer(begun, &answer);
+        let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
             Answer::Exit(status) => return Resume::Exit(status),
@@ -330,21 +335,32 @@ impl Guard {
     }
 
     fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: Args) -> Answer {
-        match call.handling {
-            Handling::Refused(errno) => Answer::Return(Err(errno)),
-            Handling::Missing => {
-                self.count_missing(call.nr);
-                Answer::Return(Err(Errno::ENOSYS))
-            }
-            Handling::Forwarded => Answer::Return(self.forward_as_told(call, args)),
-            Handling::Emulated(handler) => Answer::Return(
-                self.check(call, args)
-                    .and_then(|checked| handler(self, checked.values())),
-            ),
-            Handling::Control(handler) => match self.check(call, args) {
+        if let Handling::Control(handler) = call.handling {
+            return match self.check(call, args) {
                 Ok(checked) => handler(self, user, checked.values()),
                 Err(errno) => Answer::Return(Err(errno)),
-            },
+            };
+        }
+        Answer::Return(match self.program.handler(call.nr) {
+            Some(handler) => handler(&mut Request::new(self, call, args)),
+            None => self.handle_without_handler(call, args),
+        })
+    }
+
+    /// Handles a call that only has a result, by its row in the table.
+    pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: Args) -> SysResult {
+        match call.handling {
+            Handling::Refused(errno) => Err(errno),
+            // `Control` has been seen to; a row like any other that is not there.
+            Handling::Missing | Handling::Control(_) => {
+                self.count_missing(call.nr);
+                Err(Errno::ENOSYS)
+            }
+            Handling::Forwarded => self.forward_as_told(call, args),
+            Handling::Emulated(handler) => {
+                let checked = self.check(call, args)?;
+                handler(self, checked.values())
+            }
         }
     }
 

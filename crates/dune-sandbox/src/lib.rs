@@ -38,6 +38,7 @@ mod calls;
 pub mod command;
 pub mod engine;
 pub mod guard;
+pub mod handler;
 pub mod host;
 pub mod launch;
 pub mod program;
@@ -47,10 +48,12 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 mod threads;
+pub mod trace;
 pub mod user;
 mod vfork;
 pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
 pub use guard::{End, Guard, MissingCall, Resume};
+pub use handler::{HandleError, Request};
 pub use launch::LaunchError;

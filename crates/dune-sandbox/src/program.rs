@@ -16,17 +16,21 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
+use crate::handler::{Handler, Handlers};
 use crate::host;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::table;
 use crate::threads::{State, Threads};
+use crate::trace::Tracer;
 use crate::vfork::Journal;
 use crate::vma::{Area, Areas, Sharing, effective};
 
@@ -116,7 +120,10 @@ pub(crate) struct Program {
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
+    /// Calls that the embedding program answers; set before the first runs.
+    handlers: OnceLock<Handlers>,
     pid: AtomicU32,
+    tracer: OnceLock<Arc<Tracer>>,
     /// Whether this process is the child of a `fork`, with nobody to return to.
     forked: AtomicBool,
     /// Whether no second thread was ever made in this process.
@@ -134,7 +141,9 @@ impl Program {
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
+            handlers: OnceLock::new(),
             pid: AtomicU32::new(std::process::id()),
+            tracer: OnceLock::new(),
             forked: AtomicBool::new(false),
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
@@ -142,9 +151,33 @@ impl Program {
         }
     }
 
+    /// Has every call traced from now on. Only the first tracer counts.
+    pub(crate) fn set_tracer(&self, tracer: Arc<Tracer>) {
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(tracer.descriptors());
+        fds.sort_unstable();
+        drop(fds);
+        let _ = self.tracer.set(tracer);
+    }
+
+    /// Who wants to know of every call.
+    pub(crate) fn tracer(&self) -> Option<&Tracer> {
+        self.tracer.get().map(AsRef::as_ref)
+    }
+
     /// The process's id, the same for the program and the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid.load(Ordering::Relaxed)
+    }
+
+    /// Gives the program's calls these handlers, once.
+    pub(crate) fn set_handlers(&self, handlers: Handlers) {
+        let _ = self.handlers.set(handlers);
+    }
+
+    /// The handler of a call, if it has one.
+    pub(crate) fn handler(&self, nr: u32) -> Option<Arc<Handler>> {
+        self.handlers.get()?.find(nr)
     }
 
     /// The lock itself, for [`UserMemory`](crate::user::UserMemory).
@@ -231,6 +264,8 @@ impl Program {
         engine.renew()?;
         let mut fds = engine.fds();
         fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
+        // Children are traced, too.
+        fds.extend(self.tracer().map(Tracer::descriptors).unwrap_or_default());
         // Pipes of other threads' `vfork`, which must not be held open here.
         for fd in locks.fds.iter() {
             if !before.contains(fd) && !fds.contains(fd) {

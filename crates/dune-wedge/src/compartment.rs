@@ -141,7 +141,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Limits how long one run may take, by the clock on the wall, the time in gates
-    /// included (default 5 s). It is kept to within some 10 ms, and late rather than early.
+    /// included (default 5 s). It is kept to within some 20 ms, and late rather than early.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.time = limit;
         self

@@ -17,7 +17,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 /// How late a compartment can be ended.
-const TICK: Duration = Duration::from_millis(5);
+const TICK: Duration = Duration::from_millis(10);
 /// Ticks without a run after which the thread sleeps.
 const IDLE_TICKS: u32 = 100;
 

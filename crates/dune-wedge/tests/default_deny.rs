@@ -445,6 +445,17 @@ fn reading_past_a_buffer_ends_at_the_heap() {
     );
 }
 
+fn the_environment_is_empty() {
+    start();
+    assert!(std::env::vars_os().count() > 0);
+    let mut compartment = Compartment::builder().build().unwrap();
+    let count = compartment.run(|()| std::env::vars_os().count() as u64, ());
+    assert_eq!(count.unwrap(), 0);
+    // SAFETY: a name.
+    let path = compartment.run(|()| unsafe { libc::getenv(c"PATH".as_ptr()) } as u64, ());
+    assert_eq!(path.unwrap(), 0);
+}
+
 static KEPT: Mutex<Vec<u64>> = Mutex::new(Vec::new());
 
 fn what_the_heap_held_at_the_start_is_not_in_the_image() {
@@ -473,5 +484,6 @@ dune_testing::tests! {
     ring0 returning_from_nowhere_yields_a_result_and_nothing_else,
     ring0 jumps_into_the_parent_lead_nowhere,
     ring0 reading_past_a_buffer_ends_at_the_heap,
+    ring0 the_environment_is_empty,
     ring0 what_the_heap_held_at_the_start_is_not_in_the_image,
 }

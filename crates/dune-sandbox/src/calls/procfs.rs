@@ -16,12 +16,13 @@
 //!
 //! Device files of physical memory (`/dev/mem`) are refused likewise.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general::{
-    __NR_dup3, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_prlimit64, __NR_read,
-    __NR_readlinkat, __NR_write, AT_FDCWD, MFD_CLOEXEC, O_CLOEXEC, O_PATH, PROC_SUPER_MAGIC,
-    RLIMIT_FSIZE, S_IFCHR, S_IFMT,
+    __NR_dup3, __NR_fcntl, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_prlimit64,
+    __NR_read, __NR_readlinkat, __NR_write, AT_FDCWD, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL,
+    F_SEAL_SHRINK, F_SEAL_WRITE, MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_PATH,
+    PROC_SUPER_MAGIC, RLIMIT_FSIZE, S_IFCHR, S_IFMT,
 };
 
 use crate::calls::file::give_up;
@@ -261,6 +262,24 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
 
 /// Puts a file with `text` in the place of the descriptor `opened`.
 fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
+    let file = memory_file(text, MFD_CLOEXEC)?;
+    let cloexec = flags & u64::from(O_CLOEXEC);
+    forward_always(__NR_dup3, [file.fd(), opened, cloexec, 0, 0, 0])?;
+    Ok(())
+}
+
+/// A descriptor for the program, of a file with these contents that nobody can
+/// change.
+pub(crate) fn sealed_file(contents: &[u8]) -> SysResult {
+    let file = memory_file(contents, MFD_ALLOW_SEALING)?;
+    let seals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
+    let args = [file.fd(), u64::from(F_ADD_SEALS), u64::from(seals), 0, 0, 0];
+    forward_always(__NR_fcntl, args)?;
+    Ok(file.0.into_raw_fd() as u64)
+}
+
+/// A file in memory that holds `text`, positioned at its start.
+fn memory_file(text: &[u8], flags: u32) -> Result<Owned, Errno> {
     // Writing past the program's file size limit would kill it.
     let mut limit = [0_u64; 2];
     let get = [0, u64::from(RLIMIT_FSIZE), 0, own_mut(&mut limit), 0, 0];
@@ -268,10 +287,8 @@ fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
     if limit[0] < text.len() as u64 {
         return Err(Errno::EFBIG);
     }
-    let name = c"proc";
-    let args = [own(name), u64::from(MFD_CLOEXEC), 0, 0, 0, 0];
-    let file = forward_always(__NR_memfd_create, args)?;
-    let file = Owned::new(file);
+    let args = [own(c"proc"), u64::from(flags), 0, 0, 0, 0];
+    let file = Owned::new(forward_always(__NR_memfd_create, args)?);
     let mut rest = text;
     while !rest.is_empty() {
         let args = [file.fd(), own(rest), rest.len() as u64, 0, 0, 0];
@@ -279,9 +296,7 @@ fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
         rest = rest.get(written as usize..).unwrap_or_default();
     }
     forward_always(__NR_lseek, [file.fd(), 0, 0, 0, 0, 0])?;
-    let cloexec = flags & u64::from(O_CLOEXEC);
-    forward_always(__NR_dup3, [file.fd(), opened, cloexec, 0, 0, 0])?;
-    Ok(())
+    Ok(file)
 }
 
 /// A descriptor of the guard for a moment.

@@ -20,15 +20,8 @@ pub(crate) fn timer_create(guard: &mut Guard, args: Args) -> SysResult {
         return forward(__NR_timer_create, [clock, 0, id, 0, 0, 0]);
     }
     let event: [u32; 16] = guard.memory().read_value(event)?;
-    if event[NOTIFY] & SIGEV_THREAD_ID != 0 && !guard.is_thread_of_the_program(event[THREAD]) {
+    if event[NOTIFY] & SIGEV_THREAD_ID != 0 && !guard.program.threads.has(event[THREAD]) {
         return Err(Errno::EINVAL);
     }
     forward(__NR_timer_create, [clock, own(&event), id, 0, 0, 0])
-}
-
-impl Guard {
-    /// Whether `tid` is a thread that the program made, not one of the guard.
-    fn is_thread_of_the_program(&self, tid: u32) -> bool {
-        tid == self.pid()
-    }
 }

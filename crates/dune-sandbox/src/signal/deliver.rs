@@ -63,6 +63,7 @@ impl Guard {
             }
             return Resume::Continue;
         };
+        self.trace_signal(&info);
         let signal = info.signal();
         let action = self.program.dispositions().action(signal);
         if let Some(interrupted) = &interrupted {
@@ -115,6 +116,7 @@ impl Guard {
         info: SigInfo,
         fault: FaultContext,
     ) -> Resume {
+        self.trace_signal(&info);
         let signal = info.signal();
         let action = self.program.dispositions().action(signal);
         let blocked = self.signals.mask & bit(signal) != 0;

@@ -8,6 +8,8 @@
 //! * functions that a library would have bound at their first call are bound;
 //! * pointers into the kernel's vDSO, which a compartment does not have, lead to functions
 //!   that make the system call, or are null, which libc takes for "there is none".
+//!
+//! And the environment, which may hold secrets and lies on the first thread's stack, is empty.
 
 mod bind;
 mod modules;
@@ -76,6 +78,9 @@ impl Image {
             }
         }
         replace_pointers(&mut copies);
+        if let Some(variable) = symbol(c"environ") {
+            set_word(&mut copies, variable, inside::empty_environment());
+        }
         set_byte(&mut copies, inside::mark(), 1);
 
         let mut variables = Vec::new();

@@ -39,6 +39,14 @@ pub(crate) fn mark() -> u64 {
     MARK.as_ptr() as u64
 }
 
+/// An environment without variables.
+static EMPTY_ENVIRONMENT: [usize; 1] = [0];
+
+/// Where it is, for the image.
+pub(crate) fn empty_environment() -> u64 {
+    EMPTY_ENVIRONMENT.as_ptr() as u64
+}
+
 /// Whether the caller runs inside a compartment. Two instructions.
 #[inline]
 #[must_use]
