@@ -23,7 +23,7 @@ pub(super) const LOADS: &[Load] = &[
         name: "threads",
         program: "/usr/bin/python3",
         arguments: &["-c", THREADS],
-        end: End::Prints("28000\n"),
+        end: End::Prints("27872\n"),
     },
     Load {
         name: "forks",

@@ -145,7 +145,7 @@ pub(crate) fn page_fault(meter: &Meter<'_>) -> Result<(), String> {
         let start = ticks();
         for offset in (0..length).step_by(PAGE) {
             // SAFETY: within the mapping.
-            unsafe { memory.add(offset).write_volatile(1) };
+            unsafe { memory.wrapping_add(offset).write_volatile(1) };
         }
         let taken = ticks() - start;
         unmap(memory, length).map(|()| taken)

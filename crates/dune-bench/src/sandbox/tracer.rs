@@ -26,11 +26,11 @@ const SYSCALL_LENGTH: u64 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Resumed {
     /// Its next call stops it and is not made.
-    ToTake,
+    Take,
     /// It stops at the end of the call that is not made.
-    ToLeave,
+    Leave,
     /// Its next call stops it and is made then.
-    ToPass,
+    Pass,
 }
 
 /// Runs a command and all that it starts under the tracer; ends as it does.
@@ -43,7 +43,7 @@ pub(crate) fn main(command: Vec<OsString>) -> anyhow::Result<ExitCode> {
         .map(|word| CString::new(word.into_vec()))
         .collect::<Result<_, _>>()?;
     let root = start(&words)?;
-    let mut tracees = BTreeMap::from([(root, Resumed::ToTake)]);
+    let mut tracees = BTreeMap::from([(root, Resumed::Take)]);
     let mut code = ExitCode::FAILURE;
     wait(root)?;
     let options = libc::PTRACE_O_TRACESYSGOOD
@@ -53,7 +53,7 @@ pub(crate) fn main(command: Vec<OsString>) -> anyhow::Result<ExitCode> {
         | libc::PTRACE_O_TRACEEXEC
         | libc::PTRACE_O_EXITKILL;
     request(libc::PTRACE_SETOPTIONS, root, options as usize)?;
-    resume(root, Resumed::ToTake, 0);
+    resume(root, Resumed::Take, 0);
     while !tracees.is_empty() {
         let (pid, status) = wait(-1)?;
         if libc::WIFSTOPPED(status) {
@@ -76,11 +76,11 @@ fn on_stop(tracees: &mut BTreeMap<libc::pid_t, Resumed>, pid: libc::pid_t, statu
     let signal = libc::WSTOPSIG(status);
     let is_event = status >> 16 != 0;
     let known = tracees.get(&pid).copied();
-    let resumed = known.unwrap_or(Resumed::ToTake);
+    let resumed = known.unwrap_or(Resumed::Take);
     let (next, signal) = match (resumed, signal) {
-        (Resumed::ToTake, SYSCALL_STOP) => (take(pid), 0),
-        (Resumed::ToLeave, SYSCALL_STOP) => (Resumed::ToPass, 0),
-        (Resumed::ToPass, SYSCALL_STOP) => (Resumed::ToTake, 0),
+        (Resumed::Take, SYSCALL_STOP) => (take(pid), 0),
+        (Resumed::Leave, SYSCALL_STOP) => (Resumed::Pass, 0),
+        (Resumed::Pass, SYSCALL_STOP) => (Resumed::Take, 0),
         _ if is_event => (resumed, 0),
         // The first stop of a new one.
         (_, libc::SIGSTOP) if known.is_none() => (resumed, 0),
@@ -98,17 +98,17 @@ fn take(pid: libc::pid_t) -> Resumed {
     // SAFETY: the tracee is stopped; the kernel writes the structure.
     if unsafe { libc::ptrace(libc::PTRACE_GETREGS, pid, none, &raw mut registers) } != 0 {
         // Killed meanwhile.
-        return Resumed::ToTake;
+        return Resumed::Take;
     }
     let next = match answer(registers.orig_rax, pid) {
         Some(result) => {
             registers.rax = result as u64;
-            Resumed::ToTake
+            Resumed::Take
         }
         None => {
             registers.rax = registers.orig_rax;
             registers.rip -= SYSCALL_LENGTH;
-            Resumed::ToLeave
+            Resumed::Leave
         }
     };
     // SAFETY: as above; the kernel reads it.
@@ -127,8 +127,8 @@ fn answer(number: u64, pid: libc::pid_t) -> Option<i64> {
 
 fn resume(pid: libc::pid_t, how: Resumed, signal: libc::c_int) {
     let how = match how {
-        Resumed::ToTake => PTRACE_SYSEMU,
-        Resumed::ToLeave | Resumed::ToPass => libc::PTRACE_SYSCALL,
+        Resumed::Take => PTRACE_SYSEMU,
+        Resumed::Leave | Resumed::Pass => libc::PTRACE_SYSCALL,
     };
     // One that was killed meanwhile is reported by `wait`.
     let _ = request(how, pid, signal as usize);
