@@ -86,18 +86,22 @@ impl Section {
         format!("cargo xtask bench {} --place {}", self.name, self.place)
     }
 
-    /// Who has a figure in some row: as the benchmark lists them, or by name.
+    /// Who was to be measured in some row: as the benchmark lists them, or by name.
     fn columns(&self) -> Vec<&str> {
-        let with_values: BTreeSet<&str> = self
+        let tried: BTreeSet<&str> = self
             .found
             .rows
             .iter()
-            .flat_map(|row| row.values.keys().map(String::as_str))
+            .flat_map(|row| row.values.keys().chain(row.missing.keys()))
+            .map(String::as_str)
             .collect();
         let listed = self.found.contenders.iter().map(|one| one.id.as_str());
-        let mut columns: Vec<&str> = listed.filter(|id| with_values.contains(id)).collect();
-        let others = with_values.into_iter().filter(|id| !columns.contains(id));
-        columns.extend(others.collect::<Vec<_>>());
+        let mut columns: Vec<&str> = listed.filter(|id| tried.contains(id)).collect();
+        let others: Vec<&str> = tried
+            .into_iter()
+            .filter(|id| !columns.contains(id))
+            .collect();
+        columns.extend(others);
         columns
     }
 

@@ -89,9 +89,7 @@ pub(crate) fn write_much(meter: &Meter<'_>) -> Result<(), String> {
 
 /// Writes the start of a file without a name, over and over.
 fn write(meter: &Meter<'_>, length: usize) -> Result<(), String> {
-    let path = std::env::temp_dir().join(format!("dune-operations-{}", std::process::id()));
-    let file = OpenOptions::new().write(true).create_new(true).open(&path);
-    let file = file.map_err(|error| format!("make {}: {error}", path.display()))?;
+    let (path, file) = new_file()?;
     fs::remove_file(&path).map_err(|error| format!("remove {}: {error}", path.display()))?;
     let buffer = vec![1; length];
     meter.repeat(|| match file.write_at(&buffer, 0) {
@@ -101,19 +99,30 @@ fn write(meter: &Meter<'_>, length: usize) -> Result<(), String> {
     })
 }
 
+/// A file of our own: where temporary files are, no other machine has to be asked.
+fn new_file() -> Result<(PathBuf, File), String> {
+    let path = std::env::temp_dir().join(format!("dune-operations-{}", std::process::id()));
+    let file = OpenOptions::new().write(true).create_new(true).open(&path);
+    file.map_err(|error| format!("make {}: {error}", path.display()))
+        .map(|file| (path, file))
+}
+
 pub(crate) fn open_close(meter: &Meter<'_>) -> Result<(), String> {
-    let path = CString::new(own_file()?.into_os_string().into_vec())
-        .map_err(|error| format!("this program's path: {error}"))?;
-    meter.repeat(|| {
+    let (path, _file) = new_file()?;
+    let name = CString::new(path.clone().into_os_string().into_vec())
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    let outcome = meter.repeat(|| {
         // SAFETY: a string with its end.
-        let file = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+        let file = unsafe { libc::open(name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
         // SAFETY: a descriptor of our own, or -1.
         if unsafe { libc::close(file) } == 0 {
             Ok(())
         } else {
             Err(last_error("open and close"))
         }
-    })
+    });
+    fs::remove_file(&path).map_err(|error| format!("remove {}: {error}", path.display()))?;
+    outcome
 }
 
 /// The path that this program was started by: `/proc` need not be there.
