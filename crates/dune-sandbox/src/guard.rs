@@ -75,6 +75,8 @@ pub struct Guard {
     pub(crate) tid: u32,
     /// Where a zero goes when the thread has ended; 0 for nowhere.
     pub(crate) clear_child_tid: u64,
+    /// What it gave to `exit`.
+    pub(crate) status: Option<u8>,
     /// Set by a call that must not start again, whatever its row says.
     pub(crate) never_restart: bool,
     /// Set when the engine failed inside a call.
@@ -122,6 +124,7 @@ impl Guard {
             strings: Strings::default(),
             tid: thread_id(),
             clear_child_tid: 0,
+            status: None,
             never_restart: false,
             broken: None,
         }
@@ -143,7 +146,7 @@ impl Guard {
     /// any other thread.
     pub(crate) fn live(&mut self, user: &mut UserState) -> Option<Finish> {
         loop {
-            let status = self.run_thread(user);
+            self.status = self.run_thread(user);
             self.die_of_robust_futexes();
             if self.tid != self.pid() {
                 return None;
@@ -152,7 +155,7 @@ impl Guard {
             host::block_all();
             self.release_child_tid();
             let program = Arc::clone(&self.program);
-            program.threads.leave(self.tid, status);
+            program.threads.leave(self.tid, self.status);
             match program.threads.wait_as_leader(self.tid) {
                 Wake::Finish(finish) if program.is_forked() => {
                     finish_vfork(&program);

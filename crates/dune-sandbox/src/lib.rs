@@ -13,7 +13,7 @@
 //! 3. what goes to the kernel goes by a raw system call ([`host`]), what is
 //!    copied from or to the program by [`user`].
 //!
-//! [`Command`] starts all that.
+//! [`Command`] starts all that; [`trace`] prints every call, decoded.
 //!
 //! # What holds a hostile program
 //!

@@ -94,6 +94,14 @@ impl Memory {
     }
 }
 
+/// Puts the descriptors `after` in the place of `before` in a sorted list.
+pub(crate) fn replace_fds(hidden: &mut Vec<RawFd>, before: &[RawFd], after: &[RawFd]) {
+    hidden.retain(|fd| !before.contains(fd));
+    hidden.extend_from_slice(after);
+    hidden.sort_unstable();
+    hidden.dedup();
+}
+
 /// What an engine is told to admit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Admission {
@@ -116,6 +124,9 @@ pub(crate) struct Locks<'a> {
 pub(crate) struct Program {
     pub(crate) threads: Threads,
     fds: RwLock<Vec<RawFd>>,
+    /// Of these, those that one thread needs for a moment, and that a child must
+    /// not keep open. Changed only while `fds` is held exclusively.
+    passing: Mutex<Vec<RawFd>>,
     memory: RwLock<Memory>,
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
@@ -137,6 +148,7 @@ impl Program {
         hidden_fds.sort_unstable();
         Self {
             fds: RwLock::new(hidden_fds),
+            passing: Mutex::default(),
             memory: RwLock::default(),
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
@@ -223,6 +235,25 @@ impl Program {
         self.fds.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes `fd` out of the program's reach for a moment; `hidden` is the list,
+    /// held since before the descriptor was made.
+    pub(crate) fn pass(&self, hidden: &mut Vec<RawFd>, fd: RawFd) {
+        replace_fds(hidden, &[], &[fd]);
+        self.passing().push(fd);
+    }
+
+    /// Closes a descriptor of [`Program::pass`].
+    pub(crate) fn close_passing(&self, fd: OwnedFd) {
+        let mut hidden = self.hidden_fds_mut();
+        replace_fds(&mut hidden, &[fd.as_raw_fd()], &[]);
+        self.passing().retain(|&other| other != fd.as_raw_fd());
+        drop(fd);
+    }
+
+    fn passing(&self) -> MutexGuard<'_, Vec<RawFd>> {
+        self.passing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether this process is the child of a `fork` of the program.
     pub(crate) fn is_forked(&self) -> bool {
         self.forked.load(Ordering::Relaxed)
@@ -241,8 +272,9 @@ impl Program {
     }
 
     /// In the child of a `fork`, with the locks that the parent's thread took:
-    /// makes all of this the child's own, and returns its id. `pipe` leads to
-    /// the parent of a `vfork`.
+    /// makes all of this the child's own, and returns its id. `before` are the
+    /// descriptors of the parent's engine; `pipe` leads to the parent of a
+    /// `vfork`.
     ///
     /// # Errors
     ///
@@ -251,6 +283,7 @@ impl Program {
         &self,
         mut locks: Locks<'_>,
         engine: &mut dyn Engine,
+        before: &[RawFd],
         pipe: Option<OwnedFd>,
     ) -> Result<u32, EngineError> {
         let pid = std::process::id();
@@ -258,22 +291,18 @@ impl Program {
         self.forked.store(true, Ordering::Relaxed);
         self.single.store(true, Ordering::Relaxed);
         locks.threads.reset(pid);
-        // One that is there is the parent's.
-        locks.memory.journal = None;
-        let before = engine.fds();
-        engine.renew()?;
-        let mut fds = engine.fds();
-        fds.extend(pipe.iter().map(AsRawFd::as_raw_fd));
-        // Children are traced, too.
-        fds.extend(self.tracer().map(Tracer::descriptors).unwrap_or_default());
-        // Pipes of other threads' `vfork`, which must not be held open here.
-        for fd in locks.fds.iter() {
-            if !before.contains(fd) && !fds.contains(fd) {
-                host::close(*fd);
-            }
+        // What other threads had in hand: pipes of their `vfork`s above all. The
+        // parent's own journal, if it has one, is about one of them.
+        core::mem::forget(locks.memory.journal.take());
+        let mine = pipe.as_ref().map(AsRawFd::as_raw_fd);
+        let passing = core::mem::take(&mut *self.passing());
+        for fd in passing.into_iter().filter(|&fd| Some(fd) != mine) {
+            host::close(fd);
+            replace_fds(&mut locks.fds, &[fd], &[]);
         }
-        fds.sort_unstable();
-        *locks.fds = fds;
+        self.passing().extend(mine);
+        engine.renew()?;
+        replace_fds(&mut locks.fds, before, &engine.fds());
         self.journaling.store(pipe.is_some(), Ordering::SeqCst);
         if let Some(pipe) = pipe {
             let journal = Journal::new(&locks.memory, pipe);

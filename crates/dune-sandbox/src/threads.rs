@@ -55,8 +55,8 @@ enum Phase {
 pub(crate) struct State {
     phase: Phase,
     members: BTreeMap<u32, Member>,
-    /// What the leader gave to `exit`.
-    leader_status: u8,
+    /// What the thread that ended last gave to `exit`.
+    last_status: u8,
     finish: Option<Finish>,
     takeover: Option<Takeover>,
 }
@@ -103,13 +103,13 @@ impl Threads {
         }
     }
 
-    /// The thread `tid` has left; `status` is what it gave to `exit`, if it is
-    /// the leader and called it.
+    /// The thread `tid` has left; `status` is what it gave to `exit`, if it
+    /// called it. The last one's is the process's, as on Linux since 6.0.
     pub(crate) fn leave(&self, tid: u32, status: Option<u8>) {
         let mut state = self.lock();
         state.members.remove(&tid);
         if let Some(status) = status {
-            state.leader_status = status;
+            state.last_status = status;
         }
         self.changed.notify_all();
     }
@@ -209,7 +209,7 @@ impl Threads {
                 match state.phase {
                     Phase::Replacing(_) => {}
                     Phase::Running | Phase::Ending => {
-                        let exited = Ok(End::Exit(state.leader_status));
+                        let exited = Ok(End::Exit(state.last_status));
                         return Wake::Finish(state.finish.take().unwrap_or(exited));
                     }
                 }

@@ -3,10 +3,11 @@
 use std::os::fd::RawFd;
 
 use linux_raw_sys::general::{
-    __NR_close, __NR_close_range, __NR_fcntl, __NR_prlimit64, F_GETFD, FD_CLOEXEC, RLIMIT_NOFILE,
+    __NR_close, __NR_close_range, __NR_dup2, __NR_dup3, __NR_fcntl, __NR_prlimit64, F_GETFD,
+    FD_CLOEXEC, RLIMIT_NOFILE,
 };
 
-use crate::calls::{forward_always, own_mut};
+use crate::calls::{forward, forward_always, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -21,14 +22,37 @@ pub(crate) fn close(fd: u64) {
     let _ = forward_always(__NR_close, [fd, 0, 0, 0, 0, 0]);
 }
 
+/// Makes the call `NR`, which copies or replaces descriptors, while the guard
+/// makes none: between the moment when a new one of the guard's has a number and
+/// the moment when that number is known to be the guard's, another thread must
+/// not get hold of it.
+pub(crate) fn steadily<const NR: u32>(guard: &mut Guard, args: Args) -> SysResult {
+    let hidden = guard.program.hidden_fds();
+    // The second argument is a descriptor of `dup2` and `dup3` alone.
+    let named = if NR == __NR_dup2 || NR == __NR_dup3 {
+        2
+    } else {
+        1
+    };
+    if args[..named]
+        .iter()
+        .any(|&fd| hidden.binary_search(&(fd as RawFd)).is_ok())
+    {
+        return Err(Errno::EBADF);
+    }
+    forward(NR, args)
+}
+
 /// The range without the guard's descriptors.
+///
+/// `CLOSE_RANGE_UNSHARE` is taken as if the caller had the descriptors for
+/// itself: threads that share nothing but memory are not there.
 pub(crate) fn close_range(guard: &mut Guard, args: Args) -> SysResult {
     let [first, last, flags, ..] = args;
     let (first, last) = (first as u32, last as u32);
     if first > last || flags & !(CLOSE_RANGE_UNSHARE | CLOSE_RANGE_CLOEXEC) != 0 {
         return Err(Errno::EINVAL);
     }
-    // One thread: there is nobody to share the descriptors with.
     let flags = flags & CLOSE_RANGE_CLOEXEC;
     let hidden = guard.program.hidden_fds();
     for (first, last) in pieces(first, last, &hidden) {

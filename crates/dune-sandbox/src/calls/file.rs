@@ -2,11 +2,12 @@
 
 use linux_raw_sys::general::{
     __NR_fcntl, __NR_getdents, __NR_getdents64, __NR_ioctl, __NR_openat, __NR_openat2, __NR_preadv,
-    __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev, AT_FDCWD,
-    O_CREAT, O_TRUNC, O_WRONLY,
+    __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev,
+    __O_TMPFILE, AT_FDCWD, F_DUPFD, F_DUPFD_CLOEXEC, O_CREAT, O_TRUNC, O_WRONLY,
 };
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
+use crate::calls::procfs::Folder;
 use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -40,8 +41,9 @@ pub(crate) fn creat(guard: &mut Guard, args: Args) -> SysResult {
 pub(crate) fn openat(guard: &mut Guard, args: Args) -> SysResult {
     let [dirfd, path, flags, mode, ..] = args;
     let path = guard.copy_path(path)?;
-    let opened = forward(__NR_openat, [dirfd, path, flags, mode, 0, 0])?;
-    procfs::vet(guard, opened, flags)
+    procfs::open(guard, flags, |flags| {
+        forward(__NR_openat, [dirfd, path, flags, mode, 0, 0])
+    })
 }
 
 pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
@@ -67,8 +69,13 @@ pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
         *field = u64::from_le_bytes(*bytes);
     }
     let path = guard.copy_path(path)?;
-    let opened = forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])?;
-    procfs::vet(guard, opened, how[0])
+    let [flags, mode, resolve] = how;
+    procfs::open(guard, flags, |flags| {
+        // The kernel wants no mode where nothing is made.
+        let makes = flags & u64::from(O_CREAT | __O_TMPFILE) != 0;
+        let how = [flags, if makes { mode } else { 0 }, resolve];
+        forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])
+    })
 }
 
 pub(crate) fn readlink(guard: &mut Guard, args: Args) -> SysResult {
@@ -136,11 +143,15 @@ pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
     forward(__NR_ioctl, [fd, request, argument, 0, 0, 0])
 }
 
-pub(crate) fn fcntl(_guard: &mut Guard, args: Args) -> SysResult {
+pub(crate) fn fcntl(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, command, argument, ..] = args;
     let kind = fcntl_argument(command as u32).ok_or(Errno::EINVAL)?;
     let argument = checked(kind, argument)?;
-    forward(__NR_fcntl, [fd, command, argument, 0, 0, 0])
+    let args = [fd, command, argument, 0, 0, 0];
+    if matches!(command as u32, F_DUPFD | F_DUPFD_CLOEXEC) {
+        return fd::steadily::<__NR_fcntl>(guard, args);
+    }
+    forward(__NR_fcntl, args)
 }
 
 fn checked(kind: Argument, argument: u64) -> Result<u64, Errno> {
@@ -162,21 +173,23 @@ pub(crate) fn getdents(guard: &mut Guard, args: Args) -> SysResult {
     list(guard, __NR_getdents, args, NAME)
 }
 
-/// Lists a folder; the guard's descriptors are left out of `/proc/self/fd`.
+/// Lists a folder; the guard's descriptors and threads are left out of
+/// `/proc/self/fd` and `/proc/self/task`.
 fn list(guard: &mut Guard, nr: u32, args: Args, name_offset: usize) -> SysResult {
     let [fd, buffer, ..] = args;
     loop {
         let len = forward(nr, args)?;
-        if len == 0 || !procfs::is_own_fd_folder(guard, fd) {
-            return Ok(len);
-        }
+        let folder = match Folder::of(guard, fd) {
+            Some(folder) if len != 0 => folder,
+            _ => return Ok(len),
+        };
         let mut entries = vec![0; len as usize];
         guard.memory().read(buffer, &mut entries)?;
         let kept = without_hidden(&entries, name_offset, |name| {
             core::str::from_utf8(name)
                 .ok()
                 .and_then(|name| name.parse().ok())
-                .is_some_and(|number| guard.is_hidden_fd(number))
+                .is_some_and(|number| folder.hides(guard, number))
         });
         // All hidden: zero would mean the end of the folder.
         if !kept.is_empty() {

@@ -7,7 +7,7 @@
 
 #![expect(unsafe_code, reason = "fork")]
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use linux_raw_sys::general::{
@@ -96,16 +96,9 @@ fn hidden_pipe(program: &Program) -> Result<(OwnedFd, OwnedFd), Errno> {
     });
     let high = |end| move_fd_high(end).map_err(|error| Errno::of(&error));
     let (read, write) = (high(read)?, high(write)?);
-    hidden.extend([read.as_raw_fd(), write.as_raw_fd()]);
-    hidden.sort_unstable();
+    program.pass(&mut hidden, read.as_raw_fd());
+    program.pass(&mut hidden, write.as_raw_fd());
     Ok((read, write))
-}
-
-/// Closes a descriptor of the guard.
-fn close_hidden(program: &Program, fd: OwnedFd) {
-    let mut hidden = program.hidden_fds_mut();
-    hidden.retain(|&other| other != fd.as_raw_fd());
-    drop(fd);
 }
 
 fn fork_with(
@@ -117,8 +110,8 @@ fn fork_with(
     let program = Arc::clone(&guard.program);
     let give_up = |pipe: Option<(OwnedFd, OwnedFd)>, errno| {
         if let Some((read, write)) = pipe {
-            close_hidden(&program, read);
-            close_hidden(&program, write);
+            program.close_passing(read);
+            program.close_passing(write);
         }
         Answer::Return(Err(errno))
     };
@@ -134,12 +127,17 @@ fn fork_with(
         return give_up(pipe, Errno::ERESTARTSYS);
     }
     let locks = program.lock_all();
+    let before = guard.engine.fds();
     let child = fork();
     if child == 0 {
         // All signals are blocked since before the fork.
         record::forget();
-        let write_end = pipe.map(|(_read, write)| write);
-        match program.became_child(locks, guard.engine.as_mut(), write_end) {
+        // The other end is closed with everything that is passed on.
+        let write_end = pipe.map(|(read, write)| {
+            let _ = read.into_raw_fd();
+            write
+        });
+        match program.became_child(locks, guard.engine.as_mut(), &before, write_end) {
             Ok(tid) => guard.tid = tid,
             Err(error) => leave_process(Err(error)),
         }
@@ -166,10 +164,10 @@ fn fork_with(
         let _ = guard.memory().write_value(request.pidfd, &(fd as u32));
     }
     if let Some((read, write)) = pipe {
-        close_hidden(&program, write);
+        program.close_passing(write);
         let (threads, tid) = (&program.threads, guard.tid);
         take_over(&program, &read, || threads.must_leave(tid));
-        close_hidden(&program, read);
+        program.close_passing(read);
     }
     Answer::Return(Ok(u64::from(child)))
 }
@@ -199,6 +197,6 @@ pub(crate) fn finish_vfork(program: &Program) {
     if let Some(journal) = program.take_journal() {
         // The parent is gone if it cannot be told.
         let _ = journal.tell(&program.memory(), program.pid());
-        close_hidden(program, journal.into_pipe());
+        program.close_passing(journal.into_pipe());
     }
 }

@@ -21,12 +21,12 @@ use linux_raw_sys::general::{
     O_NONBLOCK, POLLOUT,
 };
 use linux_raw_sys::net::{
-    MSG_DONTWAIT, SCM_CREDENTIALS, SCM_RIGHTS, SCM_TXTIME, SO_MARK, SO_PRIORITY,
-    SO_TIMESTAMPING_NEW, SO_TIMESTAMPING_OLD, SOL_IP, SOL_IPV6, SOL_SOCKET, SOL_UDP,
+    MSG_DONTWAIT, SCM_CREDENTIALS, SCM_RIGHTS, SCM_TXTIME, SO_MARK, SO_PRIORITY, SO_RCVTIMEO,
+    SO_SNDTIMEO, SO_TIMESTAMPING_NEW, SO_TIMESTAMPING_OLD, SOL_IP, SOL_IPV6, SOL_SOCKET, SOL_UDP,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::calls::net::{ADDRESS_MAX, Address};
+use crate::calls::net::{ADDRESS_MAX, Address, bounded};
 use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -313,14 +313,17 @@ pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
     let message = Message::to_send(guard, at)?;
     let header = message.outgoing();
     let args = [fd, own(&header), flags, 0, 0, 0];
-    send::<2>(guard, __NR_sendmsg, args, &message.rights)
+    let result = send::<2>(guard, __NR_sendmsg, args, &message.rights);
+    bounded(guard, fd, SO_SNDTIMEO, result)
 }
 
 pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
     let message = Message::to_receive(guard, at)?;
     let mut header = message.incoming();
-    let count = forward(__NR_recvmsg, [fd, own_mut(&mut header), flags, 0, 0, 0])?;
+    let args = [fd, own_mut(&mut header), flags, 0, 0, 0];
+    let result = forward(__NR_recvmsg, args);
+    let count = bounded(guard, fd, SO_RCVTIMEO, result)?;
     message.tell(guard, &header)?;
     Ok(count)
 }

@@ -208,6 +208,9 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
     let previous = match kept {
         Some(previous) => previous,
         None => {
+            // The guard changes the limit on descriptors for a moment where it makes
+            // one.
+            let _steady = guard.program.hidden_fds();
             let mut previous: Limit = [0; 2];
             let new = new.as_ref().map_or(0, own);
             let args = [0, u64::from(resource), new, own_mut(&mut previous), 0, 0];

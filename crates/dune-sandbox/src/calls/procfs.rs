@@ -7,31 +7,35 @@
 //! | file | what the program gets |
 //! |---|---|
 //! | `mem` of any process, `kcore` | `EACCES` |
+//! | `maps` and others with addresses, of other processes | `EACCES` |
 //! | own `maps` | its own mappings, with its own rights |
-//! | own `stat` | the addresses in it are zero |
+//! | `stat` of any process | the addresses in it are zero |
 //! | own `cmdline`, `environ` | its own strings |
 //! | own `smaps`, `pagemap`, `map_files`, `auxv` and others with addresses | `EACCES` |
 //! | `/proc/self/exe` by that name | the program's own file |
 //! | own `fd`, `fdinfo` | without the guard's descriptors |
+//! | own `task` | without threads that are none of the program's |
 //!
 //! Device files of physical memory (`/dev/mem`) are refused likewise.
 
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general::{
-    __NR_dup3, __NR_fcntl, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_prlimit64,
-    __NR_read, __NR_readlinkat, __NR_write, AT_FDCWD, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL,
-    F_SEAL_SHRINK, F_SEAL_WRITE, MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_PATH,
+    __NR_dup3, __NR_fcntl, __NR_fstat, __NR_fstatfs, __NR_lseek, __NR_memfd_create, __NR_openat,
+    __NR_prlimit64, __NR_read, __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD,
+    CLONE_FILES, F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE,
+    MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH,
     PROC_SUPER_MAGIC, RLIMIT_FSIZE, S_IFCHR, S_IFMT,
 };
 
 use crate::calls::file::give_up;
-use crate::calls::{forward_always, own, own_mut};
+use crate::calls::{forward, forward_always, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
-use crate::host::{Errno, SysResult};
+use crate::host::{Errno, SysResult, move_fd_high};
 use crate::program::Program;
 use crate::range::USER_HI;
+use crate::signal::host;
 use crate::user::PATH_MAX;
 use crate::vma::Backing;
 
@@ -70,31 +74,126 @@ pub(crate) fn replace_exe_link(
     Ok(())
 }
 
+/// Opens a file by `open`, which takes the flags, and returns its descriptor,
+/// that of a replacement, or an error.
+///
+/// One thread alone opens the file and looks at it afterwards. Beside other
+/// threads that is too late: they could use the descriptor in between. Then a
+/// descriptor that only names the file (`O_PATH`) is looked at, out of their
+/// reach, and the file is opened through it.
+pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -> SysResult {
+    let has = |flag: u32| flags & u64::from(flag) != 0;
+    if guard.program.is_single() || has(O_PATH) {
+        let opened = open(flags)?;
+        return vet(guard, opened, flags);
+    }
+    if has(__O_TMPFILE) || has(O_CREAT) && has(O_EXCL) {
+        // A new file: never one of those.
+        return open(flags);
+    }
+    if has(O_CREAT) {
+        match open(flags | u64::from(O_EXCL)) {
+            Err(Errno::EEXIST) => {}
+            opened => return opened,
+        }
+    }
+    let name = u64::from(O_PATH | O_CLOEXEC) | flags & u64::from(O_NOFOLLOW | O_DIRECTORY);
+    let name = HiddenName::take(&guard.program, open(name)?)?;
+    match look(guard, name.fd()) {
+        View::AsItIs => name.open(flags),
+        View::Refused => Err(Errno::EACCES),
+        View::Rendered(what) => {
+            let host = name.read_apart()?;
+            let text = render(guard, what, &host)?;
+            let file = memory_file(&text, MFD_CLOEXEC)?.0.into_raw_fd() as u64;
+            // With the way of access that the program asked for.
+            let file = HiddenName::take(&guard.program, file)?;
+            file.open(flags)
+        }
+    }
+}
+
+/// A descriptor that names a file, out of the program's reach.
+struct HiddenName<'a> {
+    program: &'a Program,
+    /// Always there until it is dropped.
+    fd: Option<OwnedFd>,
+}
+
+impl<'a> HiddenName<'a> {
+    /// Takes the descriptor `fd`, which other threads of the program may have
+    /// replaced by one of theirs meanwhile: whatever it is now is looked at.
+    fn take(program: &'a Program, fd: u64) -> Result<Self, Errno> {
+        let mut hidden = program.hidden_fds_mut();
+        if hidden.binary_search(&(fd as RawFd)).is_ok() {
+            return Err(Errno::EBADF);
+        }
+        let fd = move_fd_high(Owned::new(fd).0).map_err(|error| Errno::of(&error))?;
+        program.pass(&mut hidden, fd.as_raw_fd());
+        Ok(Self {
+            program,
+            fd: Some(fd),
+        })
+    }
+
+    fn fd(&self) -> u64 {
+        self.fd
+            .as_ref()
+            .map_or(u64::MAX, |fd| fd.as_raw_fd() as u64)
+    }
+
+    fn link(&self) -> String {
+        format!("/proc/self/fd/{}\0", self.fd())
+    }
+
+    /// Opens the file that it names.
+    fn open(&self, flags: u64) -> SysResult {
+        let flags = flags & !u64::from(O_CREAT | O_EXCL | O_NOFOLLOW);
+        let link = self.link();
+        let cwd = AT_FDCWD as i64 as u64;
+        forward(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
+    }
+
+    /// Reads the file by a thread with descriptors of its own, where nobody
+    /// else has the open file.
+    fn read_apart(&self) -> Result<Vec<u8>, Errno> {
+        let link = self.link();
+        let read = move || {
+            forward_always(__NR_unshare, [u64::from(CLONE_FILES), 0, 0, 0, 0, 0])?;
+            let flags = u64::from(O_CLOEXEC);
+            let cwd = AT_FDCWD as i64 as u64;
+            let args = [cwd, own(link.as_bytes()), flags, 0, 0, 0];
+            read_all(Owned::new(forward_always(__NR_openat, args)?).fd())
+        };
+        let mask = host::mask();
+        // The new thread takes no signal of the program's.
+        host::block_all();
+        let reader = std::thread::Builder::new().spawn(read);
+        host::set_mask(mask);
+        let text = reader.map_err(|_| Errno::EAGAIN)?.join();
+        text.unwrap_or(Err(Errno::EIO))
+    }
+}
+
+impl Drop for HiddenName<'_> {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            self.program.close_passing(fd);
+        }
+    }
+}
+
 /// Looks at what was opened, and returns it, its replacement, or an error.
-pub(crate) fn vet(guard: &mut Guard, opened: u64, flags: u64) -> SysResult {
-    let Ok(stat) = Stat::of(opened) else {
-        return Ok(opened);
-    };
-    if stat.is_memory_device() {
-        return give_up(opened, Errno::EACCES);
-    }
-    if !stat.is_on_virtual_device() || !is_on_proc(opened) {
-        return Ok(opened);
-    }
-    let path = match path_of(opened) {
-        Ok(path) => path,
-        // Without a name nothing can be said of it.
-        Err(_) => return give_up(opened, Errno::EACCES),
-    };
-    let result = match view(&path, guard.pid()) {
+fn vet(guard: &Guard, opened: u64, flags: u64) -> SysResult {
+    let result = match look(guard, opened) {
         View::AsItIs => return Ok(opened),
         View::Refused => Err(Errno::EACCES),
         // A name only: it can be opened through /proc/self/fd, and is looked
         // at again then.
         View::Rendered(_) if flags & u64::from(O_PATH) != 0 => return Ok(opened),
-        View::Rendered(what) => {
-            render(guard, opened, what).and_then(|text| replace_by_text(opened, &text, flags))
-        }
+        View::Rendered(what) => read_all(opened)
+            .and_then(|host| render(guard, what, &host))
+            .and_then(|text| replace_by_text(opened, &text, flags)),
     };
     match result {
         Ok(()) => Ok(opened),
@@ -102,15 +201,58 @@ pub(crate) fn vet(guard: &mut Guard, opened: u64, flags: u64) -> SysResult {
     }
 }
 
-/// Whether the program lists the descriptors of its own process.
-pub(crate) fn is_own_fd_folder(guard: &Guard, fd: u64) -> bool {
-    if guard.program.hidden_fds().is_empty() || !is_on_proc(fd) {
-        return false;
+/// What the program may see of an open file.
+fn look(guard: &Guard, opened: u64) -> View {
+    let Ok(stat) = Stat::of(opened) else {
+        return View::AsItIs;
+    };
+    if stat.is_memory_device() {
+        return View::Refused;
     }
-    let Ok(path) = path_of(fd) else { return false };
-    let mut names = path.rsplit(|&byte| byte == b'/');
-    matches!(names.next(), Some(b"fd" | b"fdinfo"))
-        && names.next() == Some(guard.pid().to_string().as_bytes())
+    if !stat.is_on_virtual_device() || !is_on_proc(opened) {
+        return View::AsItIs;
+    }
+    match path_of(opened) {
+        Ok(path) => view(&path, guard.pid()),
+        // Without a name nothing can be said of it.
+        Err(_) => View::Refused,
+    }
+}
+
+/// A folder that shows the program its own process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Folder {
+    /// Its descriptors.
+    Descriptors,
+    /// Its threads.
+    Threads,
+}
+
+impl Folder {
+    /// Which of them the descriptor `fd` is, if any.
+    pub(crate) fn of(guard: &Guard, fd: u64) -> Option<Self> {
+        if !is_on_proc(fd) {
+            return None;
+        }
+        let path = path_of(fd).ok()?;
+        let mut names = path.rsplit(|&byte| byte == b'/');
+        let folder = match names.next()? {
+            b"fd" | b"fdinfo" => Self::Descriptors,
+            b"task" => Self::Threads,
+            _ => return None,
+        };
+        let pid = guard.pid().to_string();
+        let is_own = names.take(3).any(|owner| owner == pid.as_bytes());
+        is_own.then_some(folder)
+    }
+
+    /// Whether the entry `number` is the guard's own affair.
+    pub(crate) fn hides(self, guard: &Guard, number: u32) -> bool {
+        match self {
+            Self::Descriptors => guard.is_hidden_fd(number as RawFd),
+            Self::Threads => !guard.program.threads.has(number) && number != guard.pid(),
+        }
+    }
 }
 
 /// What the program sees of a file on procfs.
@@ -142,11 +284,26 @@ fn view(path: &[u8], pid: u32) -> View {
     // /proc/PID/NAME, /proc/PID/task/TID/NAME, /proc/PID/map_files/RANGE
     let pid = pid.to_string();
     let own = names.clone().take(3).any(|owner| owner == pid.as_bytes());
-    if !own {
-        return View::AsItIs;
-    }
-    if names.next() == Some(b"map_files") {
+    let folder = names.next();
+    let is_process = names
+        .chain(folder)
+        .take(3)
+        .any(|owner| !owner.is_empty() && owner.iter().all(u8::is_ascii_digit));
+    if folder == Some(b"map_files") {
         return View::Refused;
+    }
+    if !own {
+        // Its children and its parent may have the guard at the same addresses.
+        return match name {
+            b"stat" if is_process => View::Rendered(What::Stat),
+            b"maps" | b"smaps" | b"smaps_rollup" | b"numa_maps" | b"pagemap" | b"map_files"
+            | b"auxv" | b"syscall" | b"stack" | b"clear_refs"
+                if is_process =>
+            {
+                View::Refused
+            }
+            _ => View::AsItIs,
+        };
     }
     match name {
         b"maps" => View::Rendered(What::Maps),
@@ -159,7 +316,8 @@ fn view(path: &[u8], pid: u32) -> View {
     }
 }
 
-fn render(guard: &Guard, opened: u64, what: What) -> Result<Vec<u8>, Errno> {
+/// The text of a file whose text is `host` in the host.
+fn render(guard: &Guard, what: What, host: &[u8]) -> Result<Vec<u8>, Errno> {
     let strings = |(start, end): (u64, u64)| {
         let mut text = vec![0; end.saturating_sub(start) as usize];
         // A program that unmapped them shows nothing, as on Linux.
@@ -177,8 +335,8 @@ fn render(guard: &Guard, opened: u64, what: What) -> Result<Vec<u8>, Errno> {
             let block = guard.program.process().environment;
             strings(block)
         }
-        What::Stat => render_stat(&read_all(opened)?),
-        What::Maps => render_maps(guard, &read_all(opened)?),
+        What::Stat => render_stat(host),
+        What::Maps => render_maps(guard, host),
     })
 }
 
@@ -423,7 +581,14 @@ mod tests {
         );
         assert_eq!(view(b"/proc/4711/map_files/1-2", pid), View::Refused);
         assert_eq!(view(b"/proc/4711/map_files", pid), View::Refused);
-        assert_eq!(view(b"/proc/4712/maps", pid), View::AsItIs);
+        assert_eq!(view(b"/proc/4712/maps", pid), View::Refused);
+        assert_eq!(
+            view(b"/proc/4712/task/4713/stat", pid),
+            View::Rendered(What::Stat)
+        );
+        assert_eq!(view(b"/proc/4712/map_files/1-2", pid), View::Refused);
+        assert_eq!(view(b"/proc/4712/status", pid), View::AsItIs);
+        assert_eq!(view(b"/proc/stat", pid), View::AsItIs);
         assert_eq!(view(b"/proc/meminfo", pid), View::AsItIs);
         assert_eq!(view(b"/proc/4711/status", pid), View::AsItIs);
     }

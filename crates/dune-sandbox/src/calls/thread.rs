@@ -18,7 +18,7 @@ use crate::calls::{Answer, fork, forward, forward_always};
 use crate::engine::{Seed, UserState};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
-use crate::program::Program;
+use crate::program::{Program, replace_fds};
 use crate::range::{USER_HI, UserRange};
 use crate::signal::{ThreadSignals, host};
 use crate::table::Args;
@@ -216,6 +216,7 @@ fn new_thread(guard: &mut Guard, user: &UserState, request: Request) -> SysResul
     let spawned = {
         // While the guard makes descriptors, nobody may copy or replace any.
         let mut hidden = program.hidden_fds_mut();
+        let before = guard.engine.fds();
         let spawned = guard
             .engine
             .seed()
@@ -244,9 +245,7 @@ fn new_thread(guard: &mut Guard, user: &UserState, request: Request) -> SysResul
                     .map_err(|_| Errno::EAGAIN)
             });
         // The seed's, or those that the thread's start made.
-        let mut fds = guard.engine.fds();
-        fds.sort_unstable();
-        *hidden = fds;
+        replace_fds(&mut hidden, &before, &guard.engine.fds());
         spawned
     };
     let result = spawned.and_then(|_| birth.recv().unwrap_or(Err(Errno::EAGAIN)));
@@ -291,10 +290,10 @@ fn live(birth: Birth) {
     host::set_mask(guard.signals.mask);
     let _ = guard.live(&mut user);
     // The vCPU is another thread's before anybody learns that this one is gone.
-    let clear = guard.clear_child_tid;
+    let (clear, status) = (guard.clear_child_tid, guard.status);
     host::block_all();
     drop(guard);
-    program.threads.leave(tid, None);
+    program.threads.leave(tid, status);
     clear_tid(&program, clear);
 }
 

@@ -12,7 +12,7 @@ use super::Shape::{Address, LengthOf, Message, Messages, Plain, SignalSet, Strin
 use super::Size::{Arg as Len, Arg32 as Len32, Bits, BytePerPage, Bytes, Items};
 use super::{Call, Flow, Restart, Shape};
 use crate::calls::{
-    file, fork, memory, message, net, process, signal, sockopt, thread, time, timer,
+    fd, file, fork, memory, message, net, process, signal, sockopt, thread, time, timer,
 };
 use crate::host::Errno;
 
@@ -45,7 +45,7 @@ pub(super) const CALLS: &[Call] = &[
         Emulated(file::open),
         [Copied(Shape::Path), Value, Value]
     ),
-    call!(__NR_close, Forwarded, [Fd]),
+    call!(__NR_close, Emulated(fd::steadily::<__NR_close>), [Fd]),
     call!(__NR_stat, Forwarded, [Path, Out(Bytes(144))]),
     call!(__NR_fstat, Forwarded, [Fd, Out(Bytes(144))]),
     call!(__NR_lstat, Forwarded, [Path, Out(Bytes(144))]),
@@ -120,8 +120,8 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_shmget, Refused(Errno::ENOSYS), []),
     call!(__NR_shmat, Refused(Errno::ENOSYS), []),
     call!(__NR_shmctl, Refused(Errno::ENOSYS), []),
-    call!(__NR_dup, Forwarded, [Fd]),
-    call!(__NR_dup2, Forwarded, [Fd, Fd]),
+    call!(__NR_dup, Emulated(fd::steadily::<__NR_dup>), [Fd]),
+    call!(__NR_dup2, Emulated(fd::steadily::<__NR_dup2>), [Fd, Fd]),
     call_no_restart!(__NR_pause, Forwarded, []),
     call_no_restart!(__NR_nanosleep, Forwarded, [In(Bytes(16)), Out(Bytes(16))]),
     call!(__NR_getitimer, Forwarded, [Value, Out(Bytes(32))]),
@@ -141,7 +141,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_accept,
-        Forwarded,
+        Emulated(net::accept),
         [Fd, Out(Bytes(128)), InOut(Bytes(4))]
     ),
     call!(
@@ -151,7 +151,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_recvfrom,
-        Forwarded,
+        Emulated(net::recvfrom),
         [
             Fd,
             Out(Len(2)),
@@ -608,13 +608,17 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_timerfd_gettime, Forwarded, [Fd, Out(Bytes(32))]),
     call!(
         __NR_accept4,
-        Forwarded,
+        Emulated(net::accept4),
         [Fd, Out(Bytes(128)), InOut(Bytes(4)), Value]
     ),
     call!(__NR_signalfd4, Forwarded, [Fd, SigSet, Value, Value]),
     call!(__NR_eventfd2, Forwarded, [Value, Value]),
     call!(__NR_epoll_create1, Forwarded, [Value]),
-    call!(__NR_dup3, Forwarded, [Fd, Fd, Value]),
+    call!(
+        __NR_dup3,
+        Emulated(fd::steadily::<__NR_dup3>),
+        [Fd, Fd, Value]
+    ),
     call!(__NR_pipe2, Forwarded, [Out(Bytes(8)), Value]),
     call!(__NR_inotify_init1, Forwarded, [Value]),
     call!(
