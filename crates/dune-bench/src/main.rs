@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   main     the command line
+//!   memory/  the ways of finding out which pages were written, a file each
 //!   crossings/  a file each: the Linux way and the Dune way of the same thing
 //!   sandbox/    whole programs under `dune run` and under other sandboxes
 //!   operations/ the program of its own that all of those run
@@ -16,6 +17,7 @@
 mod clock;
 mod crossings;
 mod host;
+mod memory;
 mod meter;
 mod report;
 mod sandbox;
@@ -42,6 +44,8 @@ enum Bench {
     Core(SuiteArguments),
     /// Compartments beside processes, threads and protection keys.
     Wedge(SuiteArguments),
+    /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune.
+    Memory(MemoryArguments),
     /// Programs in the sandbox, natively, and under its peers.
     Sandbox(SandboxArguments),
     /// The ptrace-based tracer of `sandbox`.
@@ -74,6 +78,20 @@ struct SuiteArguments {
 }
 
 #[derive(Debug, clap::Args)]
+struct MemoryArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(long, value_name = "PATH", default_value = "target/bench/memory.json")]
+    json: PathBuf,
+    /// Samples where at most 1% of the pages are written; elsewhere there is one.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Size of the range in MiB. Counted instruction by instruction, a GiB takes an emulated
+    /// machine a quarter of an hour.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=4096))]
+    mib: u32,
+}
+
+#[derive(Debug, clap::Args)]
 struct SandboxArguments {
     /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
     #[arg(long, value_name = "PATH", default_value = "target/bench/sandbox.json")]
@@ -96,6 +114,7 @@ fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().bench {
         Bench::Core(arguments) => run(Suite::Core, "core", arguments)?,
         Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments)?,
+        Bench::Memory(arguments) => run_memory(arguments)?,
         Bench::Sandbox(arguments) => run_sandbox(arguments)?,
         Bench::TraceCalls { command } => return sandbox::tracer::main(command),
         Bench::ComputeKernel => crossings::compute::main(),
@@ -114,6 +133,14 @@ fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()
     };
     let report = crossings::run(suite, &choices);
     publish(&path, &report.table(), &report.json()?)
+}
+
+fn run_memory(arguments: MemoryArguments) -> anyhow::Result<()> {
+    let report = memory::run(memory::Choices {
+        mib: arguments.mib as usize,
+        samples: arguments.samples as usize,
+    });
+    publish(&arguments.json, &report.table(), &report.json()?)
 }
 
 fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {
