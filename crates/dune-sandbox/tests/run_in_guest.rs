@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         ring0 grep_over_all_documentation, timeout 200,
         ring0 shells,
         ring0 perl, timeout 100,
-        ring0 python, timeout 200,
+        ring0 python, timeout 300,
         ring0 sqlite,
         ring0 exit_codes_and_fatal_signals, timeout 200,
     };

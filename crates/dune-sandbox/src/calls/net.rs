@@ -5,12 +5,16 @@
 //! with `struct msghdr`, [`crate::calls::sockopt`] the options.
 
 use linux_raw_sys::general::{
-    __NR_bind, __NR_connect, __NR_ioctl, __NR_sendto, __NR_socket, __NR_socketpair,
+    __NR_accept, __NR_accept4, __NR_bind, __NR_connect, __NR_getsockopt, __NR_ioctl, __NR_listen,
+    __NR_recvfrom, __NR_sendto, __NR_socket, __NR_socketpair,
 };
 use linux_raw_sys::ioctl::SIOCGIFCONF;
-use linux_raw_sys::net::{AF_INET, AF_INET6, AF_NETLINK, AF_UNIX, SOCK_RAW};
+use linux_raw_sys::net::{
+    AF_INET, AF_INET6, AF_NETLINK, AF_UNIX, SO_RCVTIMEO, SO_SNDTIMEO, SOCK_RAW, SOL_SOCKET,
+};
 
-use crate::calls::{forward, own, own_mut, user_pointer};
+use crate::calls::net_policy::Naming;
+use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -49,9 +53,26 @@ impl Address {
         self.len as u64
     }
 
+    /// Makes it the name of a pathname socket.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the path is too long for one.
+    pub(crate) fn set_unix_path(&mut self, path: &[u8]) -> Result<(), Errno> {
+        /// `sun_path` with a final zero.
+        const PATH_ROOM: usize = 108;
+        const FAMILY: usize = 2;
+        if path.len() >= PATH_ROOM {
+            return Err(Errno::EINVAL);
+        }
+        self.bytes[FAMILY..].fill(0);
+        self.bytes[FAMILY..FAMILY + path.len()].copy_from_slice(path);
+        self.len = FAMILY + path.len() + 1;
+        Ok(())
+    }
+
     /// The address itself.
-    #[cfg(test)]
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
 }
@@ -76,9 +97,10 @@ fn check_kind(family: u64, kind: u64, protocol: u64) -> Result<(), Errno> {
     }
 }
 
-pub(crate) fn socket(_guard: &mut Guard, args: Args) -> SysResult {
+pub(crate) fn socket(guard: &mut Guard, args: Args) -> SysResult {
     let [family, kind, protocol, ..] = args;
     check_kind(family, kind, protocol)?;
+    guard.may_make_socket(family as u32, kind as u32)?;
     forward(__NR_socket, args)
 }
 
@@ -90,31 +112,72 @@ pub(crate) fn socketpair(_guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn bind(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
-    let address = Address::read(guard, addr, len)?;
+    let mut address = Address::read(guard, addr, len)?;
+    guard.may_name(Naming::Bind, &mut address)?;
     forward(__NR_bind, [fd, address.pointer(), address.len(), 0, 0, 0])
 }
 
 pub(crate) fn connect(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
-    let address = Address::read(guard, addr, len)?;
+    let mut address = Address::read(guard, addr, len)?;
+    guard.may_name(Naming::Reach(fd, "connect"), &mut address)?;
     forward(
         __NR_connect,
         [fd, address.pointer(), address.len(), 0, 0, 0],
     )
 }
 
+pub(crate) fn listen(guard: &mut Guard, args: Args) -> SysResult {
+    guard.may_listen(args[0])?;
+    forward(__NR_listen, args)
+}
+
 /// The data is the program's, checked by the table; without an address it is
 /// `send`.
 pub(crate) fn sendto(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, data, count, flags, addr, len] = args;
-    if addr == 0 {
-        return forward(__NR_sendto, [fd, data, count, flags, 0, 0]);
+    let result = if addr == 0 {
+        forward(__NR_sendto, [fd, data, count, flags, 0, 0])
+    } else {
+        let mut address = Address::read(guard, addr, len)?;
+        guard.may_name(Naming::Reach(fd, "sendto"), &mut address)?;
+        let to = [fd, data, count, flags, address.pointer(), address.len()];
+        forward(__NR_sendto, to)
+    };
+    bounded(guard, fd, SO_SNDTIMEO, result)
+}
+
+/// All checked by the table.
+pub(crate) fn recvfrom(guard: &mut Guard, args: Args) -> SysResult {
+    let result = forward(__NR_recvfrom, args);
+    bounded(guard, args[0], SO_RCVTIMEO, result)
+}
+
+/// All checked by the table.
+pub(crate) fn accept(guard: &mut Guard, args: Args) -> SysResult {
+    let result = forward(__NR_accept, args);
+    bounded(guard, args[0], SO_RCVTIMEO, result)
+}
+
+/// All checked by the table.
+pub(crate) fn accept4(guard: &mut Guard, args: Args) -> SysResult {
+    let result = forward(__NR_accept4, args);
+    bounded(guard, args[0], SO_RCVTIMEO, result)
+}
+
+/// The result of a call that may wait, on a socket that may have a time limit
+/// for it (`SO_RCVTIMEO` or `SO_SNDTIMEO`): with one, a call that a signal
+/// interrupted does not start again (signal(7)), or it could wait for ever.
+pub(crate) fn bounded(guard: &mut Guard, fd: u64, limit: u32, result: SysResult) -> SysResult {
+    if result == Err(Errno::EINTR) {
+        let mut time = [0_u64; 2];
+        let mut len = size_of_val(&time) as u32;
+        let (level, name) = (u64::from(SOL_SOCKET), u64::from(limit));
+        let args = [fd, level, name, own_mut(&mut time), own_mut(&mut len), 0];
+        let got = forward_always(__NR_getsockopt, args);
+        guard.never_restart = got.is_ok() && time != [0, 0];
     }
-    let address = Address::read(guard, addr, len)?;
-    forward(
-        __NR_sendto,
-        [fd, data, count, flags, address.pointer(), address.len()],
-    )
+    result
 }
 
 /// `ioctl` with `SIOCGIFCONF`, whose argument points at the memory for the

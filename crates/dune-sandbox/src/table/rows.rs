@@ -141,7 +141,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_accept,
-        Forwarded,
+        Emulated(net::accept),
         [Fd, Out(Bytes(128)), InOut(Bytes(4))]
     ),
     call!(
@@ -151,7 +151,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call!(
         __NR_recvfrom,
-        Forwarded,
+        Emulated(net::recvfrom),
         [
             Fd,
             Out(Len(2)),
@@ -177,7 +177,7 @@ pub(super) const CALLS: &[Call] = &[
         Emulated(net::bind),
         [Fd, Copied(Address(2)), Value]
     ),
-    call!(__NR_listen, Forwarded, [Fd, Value]),
+    call!(__NR_listen, Emulated(net::listen), [Fd, Value]),
     call!(
         __NR_getsockname,
         Forwarded,
@@ -608,7 +608,7 @@ pub(super) const CALLS: &[Call] = &[
     call!(__NR_timerfd_gettime, Forwarded, [Fd, Out(Bytes(32))]),
     call!(
         __NR_accept4,
-        Forwarded,
+        Emulated(net::accept4),
         [Fd, Out(Bytes(128)), InOut(Bytes(4)), Value]
     ),
     call!(__NR_signalfd4, Forwarded, [Fd, SigSet, Value, Value]),

@@ -459,6 +459,26 @@ fn interpreters() -> Vec<Case> {
             "import socket\nprint(sorted(socket.if_nameindex())[:1], socket.getaddrinfo('127.0.0.1',80,type=socket.SOCK_STREAM), socket.gethostbyname('localhost'), socket.if_nametoindex('lo'), socket.if_indextoname(1))",
         ),
         code(
+            "python_socket_time_limit",
+            python,
+            "import socket,signal,ctypes,struct\nl=ctypes.CDLL(None,use_errno=True)\na,b=socket.socketpair()\nsignal.signal(signal.SIGALRM,lambda *x: None); signal.siginterrupt(signal.SIGALRM,False)\na.setsockopt(socket.SOL_SOCKET,socket.SO_RCVTIMEO,struct.pack('ll',20,0))\nbuf=ctypes.create_string_buffer(8)\nv=(ctypes.c_void_p*2)(ctypes.addressof(buf),8); h=(ctypes.c_void_p*7)(0,0,ctypes.addressof(v),1,0,0,0)\nfor f in (lambda: l.recv(a.fileno(),buf,8,0), lambda: l.recvmsg(a.fileno(),h,0)):\n  signal.setitimer(signal.ITIMER_REAL,.1); print(f(), ctypes.get_errno())",
+        ),
+        code(
+            "python_threading_server",
+            python,
+            "import socketserver,socket,threading\nclass H(socketserver.StreamRequestHandler):\n  def handle(self):\n    for line in self.rfile: self.wfile.write(line.upper())\nclass S(socketserver.ThreadingTCPServer): daemon_threads=True\ns=S(('127.0.0.1',0),H); threading.Thread(target=s.serve_forever,daemon=True).start()\ndef one(i):\n  with socket.create_connection(s.server_address) as c:\n    f=c.makefile('rw')\n    for k in range(20): f.write('line %d %d\\n' % (i,k)); f.flush(); r=f.readline(); assert r=='LINE %d %d\\n' % (i,k), r\nts=[threading.Thread(target=one,args=(i,)) for i in range(6)]\n[t.start() for t in ts]; [t.join() for t in ts]; s.shutdown(); print('served')",
+        ),
+        code(
+            "python_asyncio",
+            python,
+            "import asyncio\nasync def serve(r,w):\n  while d:=await r.readline(): w.write(d[::-1]); await w.drain()\n  w.close()\nasync def one(p,i):\n  r,w=await asyncio.open_connection('127.0.0.1',p)\n  for k in range(5): w.write(b'%d %d\\n' % (i,k)); await w.drain(); await r.readexactly(4)\n  w.close(); return i\nasync def main():\n  s=await asyncio.start_server(serve,'127.0.0.1',0); p=s.sockets[0].getsockname()[1]\n  print(await asyncio.gather(*(one(p,i) for i in range(5))))\n  q=await asyncio.create_subprocess_exec('/bin/cat',stdin=-1,stdout=-1); print(await q.communicate(b'piped'), q.returncode)\nasyncio.run(main())",
+        ),
+        code(
+            "python_rights_across_fork",
+            python,
+            "import socket,os,array\na,b=socket.socketpair()\nif not (p:=os.fork()):\n  r,w=os.pipe(); socket.send_fds(b,[b'fd'],[r]); os.write(w,b'from the child'); os._exit(4)\nm,f,_,_=socket.recv_fds(a,9,2); print(m,os.read(f[0],99)); print(os.waitstatus_to_exitcode(os.waitpid(p,0)[1]))",
+        ),
+        code(
             "python_server",
             python,
             "import socketserver,socket\nclass H(socketserver.StreamRequestHandler):\n  def handle(self): self.wfile.write(self.rfile.readline().upper())\nwith socketserver.TCPServer(('127.0.0.1',0),H) as s:\n  for i in range(5):\n    c=socket.create_connection(s.server_address); c.sendall(b'line %d\\n' % i); s.handle_request(); print(c.makefile().read())",
