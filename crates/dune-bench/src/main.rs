@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   main     the command line
+//!   memory/  the ways of finding out which pages were written, a file each
 //!   crossings/  a file each: the Linux way and the Dune way of the same thing
 //!   meter    repeats an operation and takes the median
 //!   clock    what a tick is: an instruction (found out, not assumed) or a part of a second
@@ -14,6 +15,7 @@
 mod clock;
 mod crossings;
 mod host;
+mod memory;
 mod meter;
 mod report;
 
@@ -37,6 +39,8 @@ enum Bench {
     Core(SuiteArguments),
     /// Compartments beside processes, threads and protection keys.
     Wedge(SuiteArguments),
+    /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune.
+    Memory(MemoryArguments),
     /// The CPU-bound program that `core` runs natively and under `dune run`.
     #[command(hide = true)]
     ComputeKernel,
@@ -59,10 +63,31 @@ struct SuiteArguments {
     dune: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct MemoryArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(long, value_name = "PATH", default_value = "target/bench/memory.json")]
+    json: PathBuf,
+    /// Samples where at most 1% of the pages are written; elsewhere there is one.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Size of the range in MiB. Counted instruction by instruction, a GiB takes an emulated
+    /// machine a quarter of an hour.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=4096))]
+    mib: u32,
+}
+
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().bench {
         Bench::Core(arguments) => run(Suite::Core, "core", arguments),
         Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments),
+        Bench::Memory(arguments) => {
+            let report = memory::run(memory::Choices {
+                mib: arguments.mib as usize,
+                samples: arguments.samples as usize,
+            });
+            deliver(&report, &arguments.json)
+        }
         Bench::ComputeKernel => {
             crossings::compute::main();
             Ok(())
@@ -79,14 +104,17 @@ fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()
         only: arguments.only,
         dune: arguments.dune,
     };
-    let report = crossings::run(suite, &choices);
+    deliver(&crossings::run(suite, &choices), &path)
+}
+
+fn deliver(report: &report::Report, path: &std::path::Path) -> anyhow::Result<()> {
     let json = report.json()?;
     if path.as_os_str() == "-" {
         eprint!("{}", report.table());
         println!("{json}");
     } else {
         print!("{}", report.table());
-        report::write(&path, &json)?;
+        report::write(path, &json)?;
         println!("written to {}", path.display());
     }
     Ok(())
