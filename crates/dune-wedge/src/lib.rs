@@ -96,10 +96,10 @@
 //!
 //! | operation | instructions | beside it |
 //! |---|---|---|
-//! | run an empty function, and back to pristine | 736 | |
-//! | make, run, end | 1,460 | `fork` and wait 390,000, a thread 75,000 |
-//! | the same with nothing left of earlier ones | 13,700 | |
-//! | through a gate and back | 278 | two writes of the protection key register 10 |
+//! | run an empty function, and back to pristine | 724 | |
+//! | make, run, end | 1,459 | `fork` and wait 346,000, `posix_spawn` 810,000, a thread 58,000 |
+//! | make and run with nothing left of earlier ones | 13,750 | |
+//! | through a gate and back | 279 | two writes of the protection key register 10 |
 //!
 //! A request to the web server of the examples, each read in a compartment, takes 144,700
 //! instructions, and 134,300 where all is one process (`https --measure`).
