@@ -29,7 +29,7 @@
 //! |---|---|---|
 //! | [`Tracker::start`] | a page table of 512 entries for each 2 MiB that was not split yet, a look at `/proc/self/maps`, a scan | yes, some ten times and for the first touch of new tables |
 //! | a write, the first or not | nothing | no |
-//! | [`Tracker::collect`], [`Tracker::reset`], [`Tracker::collect_accessed`] | some 3 instructions for each page (of 4 KiB, or of 2 MiB where those are the unit), some 10 more for each that is found; linear in the range | once for the flush, and only if something was found and a second thread has, or had, a virtual CPU |
+//! | [`Tracker::collect`], [`Tracker::reset`], [`Tracker::collect_accessed`] | 4 to 10 instructions for each page of the range (of 4 KiB, or of 2 MiB where those are the unit), the more the more are found; linear in the range | once for the flush, and only if something was found and a second thread has, or had, a virtual CPU |
 //! | [`Tracker::peek`] | the same without the flush | no |
 //! | dropping a tracker | linear in the number of trackers | no |
 //!
@@ -104,8 +104,8 @@
 //!
 //! Before the first [`enter`](crate::enter) there are no page tables of the process's own, and
 //! [`Tracker::start`] says [`TrackError::NotEntered`]. Afterwards every call works inside and
-//! outside, on what threads inside have written; a flush made outside is dear (some 100,000
-//! instructions).
+//! outside, on what threads inside have written; a flush made outside is dear (KVM drops all
+//! that it has mapped for the guest).
 //!
 //! # Handlers and `fork`
 //!
