@@ -73,7 +73,7 @@ pub struct MissingCall {
 
 /// The guard of one thread of a program. See the module documentation.
 ///
-/// What the threads share is in the [`Program`]; there can be one at a time in
+/// What the threads share is in the `Program`; there can be one at a time in
 /// a process: signal dispositions, descriptors and the user's part of the
 /// address space are the process's.
 pub struct Guard {

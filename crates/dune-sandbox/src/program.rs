@@ -1,6 +1,6 @@
 //! What all threads of a program share.
 //!
-//! One [`Program`] for each process, and a [`Guard`](crate::guard::Guard) for each of its
+//! One `Program` for each process, and a [`Guard`](crate::guard::Guard) for each of its
 //! threads. Locks are held for bookkeeping alone, never while a call of the program may wait:
 //!
 //! | lock | guards | held |

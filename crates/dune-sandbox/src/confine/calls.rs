@@ -1,7 +1,7 @@
 //! The wall around system calls: a seccomp filter.
 //!
 //! It is made from the table of calls ([`crate::table`]) and from what the
-//! guard and its runtime do themselves ([`GUARDS_OWN`]), so that it cannot
+//! guard and its runtime do themselves (`GUARDS_OWN`), so that it cannot
 //! drift apart from what is forwarded: a row that is forwarded, emulated or
 //! controlled is let through, everything else gets `EPERM`.
 //!
