@@ -3,14 +3,18 @@
 //! ```text
 //!   test    every test, the machine's tools installed first
 //!   lint    formatting, clippy, documentation, the list of unsafe files, licences
-//!   bench   a benchmark in the lab, with instructions counted, and on this machine
+//!   bench   a benchmark in the lab, with instructions counted, and on this machine;
+//!           all of them, and one report
 //!   fuzz    a fuzz target for a while
+//!   soak    programs of every kind in the sandbox for a while
 //! ```
 
 mod bench;
 mod fuzz;
 mod lint;
 mod process;
+mod report;
+mod soak;
 mod tally;
 mod test;
 
@@ -35,6 +39,9 @@ enum Chore {
     Bench(bench::BenchArgs),
     /// Fuzz a target, or each target in turn.
     Fuzz(fuzz::FuzzArgs),
+    /// Run programs of every kind in the sandbox for a while; nothing may hang, go wrong or
+    /// be left behind.
+    Soak(soak::SoakArgs),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +50,7 @@ fn main() -> ExitCode {
         Chore::Lint(args) => lint::run(&args),
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run(&args),
+        Chore::Soak(args) => soak::run(&args),
     };
     match result {
         Ok(code) => code,

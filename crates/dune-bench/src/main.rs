@@ -1,8 +1,11 @@
-//! What each crossing costs, on Linux and in Dune mode, side by side in one run.
+//! What Dune costs, beside Linux and beside its peers, side by side in one run.
 //!
 //! ```text
 //!   main     the command line
+//!   memory/  the ways of finding out which pages were written, a file each
 //!   crossings/  a file each: the Linux way and the Dune way of the same thing
+//!   sandbox/    whole programs under `dune run` and under other sandboxes
+//!   operations/ the program of its own that all of those run
 //!   meter    repeats an operation and takes the median
 //!   clock    what a tick is: an instruction (found out, not assumed) or a part of a second
 //!   host     what the run was made on
@@ -14,10 +17,14 @@
 mod clock;
 mod crossings;
 mod host;
+mod memory;
 mod meter;
 mod report;
+mod sandbox;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -37,6 +44,17 @@ enum Bench {
     Core(SuiteArguments),
     /// Compartments beside processes, threads and protection keys.
     Wedge(SuiteArguments),
+    /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune.
+    Memory(MemoryArguments),
+    /// Programs in the sandbox, natively, and under its peers.
+    Sandbox(SandboxArguments),
+    /// The ptrace-based tracer of `sandbox`.
+    #[command(hide = true)]
+    TraceCalls {
+        /// The program and its arguments.
+        #[arg(required = true, trailing_var_arg = true)]
+        command: Vec<OsString>,
+    },
     /// The CPU-bound program that `core` runs natively and under `dune run`.
     #[command(hide = true)]
     ComputeKernel,
@@ -59,15 +77,49 @@ struct SuiteArguments {
     dune: Option<PathBuf>,
 }
 
-fn main() -> anyhow::Result<()> {
+#[derive(Debug, clap::Args)]
+struct MemoryArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(long, value_name = "PATH", default_value = "target/bench/memory.json")]
+    json: PathBuf,
+    /// Samples where at most 1% of the pages are written; elsewhere there is one.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Size of the range in MiB. Counted instruction by instruction, a GiB takes an emulated
+    /// machine a quarter of an hour.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=4096))]
+    mib: u32,
+}
+
+#[derive(Debug, clap::Args)]
+struct SandboxArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(long, value_name = "PATH", default_value = "target/bench/sandbox.json")]
+    json: PathBuf,
+    /// Samples of each row, of which the median is reported; slow rows have fewer.
+    #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(3..))]
+    samples: u32,
+    /// Only the rows whose id contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Only the contenders whose id contains this (can be repeated).
+    #[arg(long, value_name = "TEXT")]
+    contender: Vec<String>,
+    /// The `dune` command; by default the one beside this program.
+    #[arg(long, value_name = "PATH")]
+    dune: Option<PathBuf>,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().bench {
-        Bench::Core(arguments) => run(Suite::Core, "core", arguments),
-        Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments),
-        Bench::ComputeKernel => {
-            crossings::compute::main();
-            Ok(())
-        }
+        Bench::Core(arguments) => run(Suite::Core, "core", arguments)?,
+        Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments)?,
+        Bench::Memory(arguments) => run_memory(arguments)?,
+        Bench::Sandbox(arguments) => run_sandbox(arguments)?,
+        Bench::TraceCalls { command } => return sandbox::tracer::main(command),
+        Bench::ComputeKernel => crossings::compute::main(),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()> {
@@ -80,13 +132,35 @@ fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()
         dune: arguments.dune,
     };
     let report = crossings::run(suite, &choices);
-    let json = report.json()?;
+    publish(&path, &report.table(), &report.json()?)
+}
+
+fn run_memory(arguments: MemoryArguments) -> anyhow::Result<()> {
+    let report = memory::run(memory::Choices {
+        mib: arguments.mib as usize,
+        samples: arguments.samples as usize,
+    });
+    publish(&arguments.json, &report.table(), &report.json()?)
+}
+
+fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {
+    let matrix = sandbox::run(&sandbox::Choices {
+        samples: arguments.samples as usize,
+        only: arguments.only,
+        contenders: arguments.contender,
+        dune: arguments.dune,
+    })?;
+    publish(&arguments.json, &matrix.table(), &matrix.json()?)
+}
+
+/// The table for the person at the terminal, the JSON for the file.
+fn publish(path: &Path, table: &str, json: &str) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
-        eprint!("{}", report.table());
+        eprint!("{table}");
         println!("{json}");
     } else {
-        print!("{}", report.table());
-        report::write(&path, &json)?;
+        print!("{table}");
+        report::write(path, json)?;
         println!("written to {}", path.display());
     }
     Ok(())

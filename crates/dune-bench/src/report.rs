@@ -133,7 +133,7 @@ impl Row {
 
 /// A number in JSON: whole where it is whole.
 #[derive(Clone, Copy, Debug)]
-struct Number(f64);
+pub(crate) struct Number(pub(crate) f64);
 
 impl Serialize for Number {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -253,7 +253,7 @@ impl Report {
 }
 
 /// A number with its thousands apart: `10,056` or `12.5`.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     let tenths = (value * 10.0).round() as u64;
     let whole = (tenths / 10).to_string();
     let mut text = String::new();

@@ -6,6 +6,8 @@ use std::process::{Command, ExitCode};
 use clap::Args;
 use dune_kvm::probe::{self, Features, Kvm, Measurements, Placement, Report};
 use dune_lab::tools::{self, Tool};
+use dune_sandbox::Policy;
+use dune_sandbox::confine::{self, kernel::Kernel};
 use serde::Serialize;
 
 use crate::output;
@@ -32,6 +34,7 @@ struct Check {
     machine: Machine,
     kvm: KvmPart,
     placement: PlacementPart,
+    second_wall: WallPart,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu: Option<CpuPart>,
     lab: LabPart,
@@ -66,6 +69,15 @@ struct PlacementPart {
     run: Option<&'static str>,
     /// Where trusted code gets Dune mode: `native` or `lab`.
     dune_mode: &'static str,
+    explanation: String,
+}
+
+/// What stands under the guard's own checks.
+#[derive(Debug, Serialize)]
+struct WallPart {
+    /// Landlock's ABI, 0 for none.
+    landlock: u32,
+    seccomp: bool,
     explanation: String,
 }
 
@@ -132,6 +144,7 @@ impl Check {
             machine: Machine::this(),
             kvm: KvmPart::of(&report.kvm),
             placement: PlacementPart::of(report),
+            second_wall: WallPart::of(&Kernel::this()),
             cpu: report.features().as_ref().map(CpuPart::of),
             lab: LabPart::of_this_machine(),
         }
@@ -158,6 +171,7 @@ impl Check {
                 _ => "in the lab",
             },
         );
+        line("second wall", &self.second_wall.explanation);
         if let Some(cpu) = &self.cpu {
             let names = |present: bool| {
                 let names: Vec<&str> = cpu
@@ -305,6 +319,34 @@ impl PlacementPart {
             run: run.map(Placement::name),
             dune_mode,
             explanation,
+        }
+    }
+}
+
+impl WallPart {
+    fn of(kernel: &Kernel) -> Self {
+        let landlock = match kernel.landlock {
+            0 => "no Landlock".to_owned(),
+            abi => format!("Landlock ABI {abi}"),
+        };
+        let seccomp = if kernel.seccomp {
+            "seccomp filters"
+        } else {
+            "no seccomp filters"
+        };
+        let gaps = confine::gaps(&Policy::new().strict(), kernel);
+        let verdict = if gaps.iter().any(|gap| gap.is_a_wall()) {
+            "--strict needs --no-second-wall here".to_owned()
+        } else if gaps.is_empty() {
+            "--strict is enforced twice".to_owned()
+        } else {
+            let list: Vec<String> = gaps.iter().map(ToString::to_string).collect();
+            format!("of --strict, the guard alone holds: {}", list.join("; "))
+        };
+        Self {
+            landlock: kernel.landlock,
+            seccomp: kernel.seccomp,
+            explanation: format!("{landlock}, {seccomp}: {verdict}"),
         }
     }
 }

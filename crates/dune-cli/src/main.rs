@@ -7,15 +7,20 @@
 //! | `dune check` | [`check`]: what this machine offers |
 //! | `dune lab -- CMD` | crate `dune-lab` |
 //! | `dune syscalls` | [`syscalls`]: the sandbox's table of calls |
+//! | `dune man`, `dune completions` | [`manual`]: what a package installs beside it |
 //!
 //! Nothing here changes the terminal's modes or leaves anything behind, so that
 //! the command may be killed at any moment. (`dune lab` puts the terminal into
 //! raw mode while a command runs in it, and takes care of that itself.)
 
 mod check;
+mod family;
+mod manual;
 mod memory;
 mod observed;
 mod output;
+mod policy;
+mod report;
 mod run;
 mod streams;
 mod syscalls;
@@ -49,19 +54,22 @@ enum Task {
     #[command(after_help = LAB_EXAMPLES)]
     Lab(dune_lab::LabArgs),
     Syscalls(syscalls::SyscallsArgs),
+    Man(manual::ManArgs),
+    Completions(manual::CompletionsArgs),
 }
 
 const EXIT_CODES: &str = "\
 Exit codes of `run` and `lab`:
   0-124  the program's own (2 also: wrong usage of dune)
-  124    it was ended by --timeout
+  124    it was ended by --timeout (as timeout(1) does)
   125    Dune failed (the message says why)
   126    the program cannot be executed
   127    the program was not found
-  128+n  it died of signal n (as a shell reports it)
+  128+n  it died of signal n (as a shell reports it): 152 after --cpu-time
 
 Examples:
   dune run -- ls -l /          run ls in the sandbox
+  dune run --strict -- CMD     and nothing but what you give it
   dune check                   what this machine offers, and what to do about the rest
   dune lab -- uname -a         run a command in the bundled virtual machine";
 
@@ -83,6 +91,8 @@ fn main() -> ExitCode {
         Task::Check(args) => check::check(&args),
         Task::Lab(args) => return lab(&args),
         Task::Syscalls(args) => syscalls::list(&args),
+        Task::Man(args) => manual::man(&args),
+        Task::Completions(args) => manual::completions(&args),
     };
     result.unwrap_or_else(|error| {
         output::complain_of(&error);

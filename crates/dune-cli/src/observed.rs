@@ -112,6 +112,25 @@ impl Observer {
         *locked(&self.counts)
     }
 
+    /// Another descriptor for the same, out of the program's way.
+    ///
+    /// # Errors
+    ///
+    /// If there is no descriptor left.
+    pub(crate) fn another(&self) -> anyhow::Result<File> {
+        self.stderr
+            .try_clone()
+            .and_then(|file| move_fd_high(file.into()))
+            .map(File::from)
+            .context("cannot duplicate standard error; raise `ulimit -n`")
+    }
+
+    /// A line for programs, without Dune's name before it.
+    pub(crate) fn say_plainly(&mut self, line: &str) {
+        // There is nobody to tell that it cannot be written.
+        let _ = self.stderr.write_all(format!("{line}\n").as_bytes());
+    }
+
     /// One line on what standard error was at the start.
     pub(crate) fn say(&mut self, message: &str) {
         // There is nobody to tell that it cannot be written.

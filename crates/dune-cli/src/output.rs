@@ -10,6 +10,12 @@ pub(crate) fn complain(message: &(impl Display + ?Sized)) {
     let _ = writeln!(io::stderr(), "dune: {}", one_line(message));
 }
 
+/// One line of JSON on standard error.
+pub(crate) fn complain_in_json(line: &str) {
+    // There is nobody to tell that standard error is closed.
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// One line for an error with its causes. Many errors name their cause
 /// themselves; what has been said is not said again.
 pub(crate) fn complain_of(error: &anyhow::Error) {

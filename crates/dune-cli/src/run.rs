@@ -7,10 +7,9 @@
 //! ```
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, ValueEnum};
@@ -18,10 +17,11 @@ use dune_kvm::probe::{self, Kvm, Placement, PlacementRequest, ProbeError};
 use dune_sandbox::engine::Engine;
 use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
-use dune_sandbox::{Command, MissingCall};
+use dune_sandbox::{Command, End, MissingCall, Outcome, Policy};
 
+use crate::policy::{self, PolicyArgs};
 use crate::trace::{Trace, TraceOptions};
-use crate::{observed, output, streams, watchdog};
+use crate::{observed, output, report, streams, watchdog};
 
 /// Run a program in the sandbox: unmodified, in ring 3 of a virtual CPU.
 #[derive(Debug, Args)]
@@ -32,13 +32,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     placement: Option<Where>,
 
-    /// Set a variable of the program's environment (can be repeated).
-    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
-    env: Vec<(OsString, OsString)>,
-
-    /// Start with an empty environment; --env still adds to it.
-    #[arg(long)]
-    clear_env: bool,
+    #[command(flatten)]
+    policy: PolicyArgs,
 
     /// Start the program in this folder.
     #[arg(long, value_name = "DIR")]
@@ -48,9 +43,15 @@ pub(crate) struct RunArgs {
     #[arg(long, short)]
     quiet: bool,
 
-    /// End the program after so many seconds (exit code 124).
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
-    timeout: Option<Duration>,
+    /// At the end, print on standard error how the program ended, as one line
+    /// of JSON; implies --quiet.
+    #[arg(long)]
+    json: bool,
+
+    /// If the program dies of a signal, say where: the address, the registers
+    /// and the functions that were being executed.
+    #[arg(long)]
+    backtrace: bool,
 
     /// At the end, say how many system calls and faults there were.
     #[arg(long)]
@@ -65,6 +66,10 @@ const EXAMPLES: &str = "\
 Examples:
   dune run -- ls -l /
   dune run --stats -- busybox sha256sum /bin/ls
+  dune run --strict --ro /etc/hostname -- cat /etc/hostname
+  dune run --strict --explain -- ls /etc            # what would it take?
+  dune run --rw . --net none --mem 1G --timeout 5m -- make
+  dune run --policy build.toml -- make
   dune run --clear-env --env PATH=/bin -- env
   dune run --placement lab -- uname -r";
 
@@ -88,6 +93,12 @@ impl From<Where> for PlacementRequest {
             Where::Host => Self::Only(Placement::OnHost),
             Where::Lab => Self::Only(Placement::Lab),
         }
+    }
+}
+
+impl RunArgs {
+    fn is_quiet(&self) -> bool {
+        self.quiet || self.json
     }
 }
 
@@ -151,30 +162,46 @@ fn here(
     trace: Option<&TraceOptions>,
 ) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let mut command = command(args);
+    let policy = args.policy.policy()?;
+    if let Some(warning) = policy::warning(&policy).filter(|_| !args.is_quiet()) {
+        output::complain(&warning);
+    }
+    if let Some(limit) = policy.limits().timeout {
+        watchdog::start(limit, program_name(args), args.json)?;
+    }
+    let mut command = command(args, policy);
     let trace = trace.map(Trace::start).transpose()?;
     if let Some(trace) = &trace {
         command = command.tracer(trace.tracer());
-    }
-    if let Some(limit) = args.timeout {
-        watchdog::start(limit, program_name(args))?;
     }
     let engine: Box<dyn Engine> = match placement {
         Placement::OnHost => Box::new(OnHost::new()?),
         Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
     };
     let (engine, mut observer) = observed::observe(engine)?;
+    if args.policy.explain {
+        command = command.explain_to(observer.another()?);
+    }
+    if args.backtrace {
+        command = command.crash_report_to(observer.another()?);
+    }
     streams::close_again();
     match command.run(Box::new(engine)) {
         Ok(outcome) => {
-            if let Some(warning) =
-                missing_calls(&outcome.missing).filter(|_| !args.quiet && trace.is_none())
-            {
-                observer.say(&warning);
+            if !args.is_quiet() && trace.is_none() {
+                let warnings = [missing_calls(&outcome.missing), refusals(args, &outcome)];
+                for warning in warnings.into_iter().flatten() {
+                    observer.say(&warning);
+                }
             }
+            let elapsed = started.elapsed();
             if args.stats {
-                let summary = observer.counts().summary(placement, started.elapsed());
+                let summary = observer.counts().summary(placement, elapsed);
                 observer.say(&summary);
+            }
+            if args.json {
+                let line = report::line(&outcome, observer.counts(), placement, elapsed)?;
+                observer.say_plainly(&line);
             }
             if let Some(trace) = trace {
                 trace.finish(outcome.end);
@@ -188,22 +215,33 @@ fn here(
     }
 }
 
-fn command(args: &RunArgs) -> Command {
+/// How many refusals there were, for those who did not ask to see each and may
+/// want to know why the program failed.
+fn refusals(args: &RunArgs, outcome: &Outcome) -> Option<String> {
+    let times = match outcome.refusals {
+        0 => return None,
+        1 => "once".to_owned(),
+        count => format!("{count} times"),
+    };
+    // A program that got where it wanted had no use for what it was refused.
+    let matters = !args.policy.explain && outcome.end != End::Exit(0);
+    matters.then(|| {
+        format!("the policy refused what the program asked for {times}; --explain says what")
+    })
+}
+
+fn command(args: &RunArgs, policy: Policy) -> Command {
     // Clap has made sure that there is at least one word.
     let (program, arguments) = args.command.split_first().map_or_else(
         || (OsStr::new(""), [].as_slice()),
         |(program, rest)| (program.as_os_str(), rest),
     );
-    let mut command = Command::new(program).args(arguments);
-    if args.clear_env {
-        command = command.env_clear();
-    } else {
+    let mut command = Command::new(program)
+        .args(arguments)
         // For Dune itself, not for the program.
-        command = command.env_remove(probe::PLACEMENT_VARIABLE);
-    }
-    for (name, value) in &args.env {
-        command = command.env(name, value);
-    }
+        .env_remove(probe::PLACEMENT_VARIABLE)
+        .policy(policy)
+        .second_wall(args.policy.second_wall());
     if let Some(directory) = &args.cwd {
         command = command.current_dir(directory);
     }
@@ -245,8 +283,8 @@ fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCo
         .context("the lab's own command line")?
         .lab;
     // Starting the lab takes time, too, which is not the program's.
-    lab.timeout = args.timeout;
-    if !args.quiet {
+    lab.timeout = args.policy.policy()?.limits().timeout;
+    if !args.is_quiet() {
         eprintln!(
             "dune: running in the lab (`dune check` says why); files that the program writes are \
              discarded"
@@ -262,15 +300,7 @@ fn arguments_in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> Vec<OsStrin
         Some(trace) => trace.words(),
     };
     words.push("--placement=auto".into());
-    for (name, value) in &args.env {
-        let mut variable = name.clone();
-        variable.push("=");
-        variable.push(value);
-        words.extend(["--env".into(), variable]);
-    }
-    if args.clear_env {
-        words.push("--clear-env".into());
-    }
+    words.extend(args.policy.words());
     if let Some(directory) = &args.cwd {
         words.extend(["--cwd".into(), directory.clone().into_os_string()]);
     }
@@ -279,6 +309,12 @@ fn arguments_in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> Vec<OsStrin
     }
     if args.stats {
         words.push("--stats".into());
+    }
+    if args.json {
+        words.push("--json".into());
+    }
+    if args.backtrace {
+        words.push("--backtrace".into());
     }
     words.push("--".into());
     words.extend(args.command.iter().cloned());
@@ -289,28 +325,6 @@ fn program_name(args: &RunArgs) -> String {
     args.command
         .first()
         .map_or_else(String::new, |word| word.to_string_lossy().into_owned())
-}
-
-fn parse_variable(text: &str) -> Result<(OsString, OsString), String> {
-    let bytes = OsStr::new(text).as_bytes();
-    match bytes.iter().position(|&byte| byte == b'=') {
-        None | Some(0) => Err("give NAME=VALUE".to_owned()),
-        Some(at) => {
-            let (name, value) = (&bytes[..at], &bytes[at + 1..]);
-            Ok((
-                OsStr::from_bytes(name).to_owned(),
-                OsStr::from_bytes(value).to_owned(),
-            ))
-        }
-    }
-}
-
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    text.parse::<f64>()
-        .ok()
-        .filter(|seconds| *seconds > 0.0)
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| "give a number of seconds above 0".to_owned())
 }
 
 #[cfg(test)]
@@ -336,14 +350,6 @@ mod tests {
         let args = parse(&["--", "ls", "--quiet"]);
         assert!(!args.quiet);
         assert_eq!(args.command, ["ls", "--quiet"]);
-    }
-
-    #[test]
-    fn variables_are_split_at_the_first_sign() {
-        assert_eq!(parse_variable("A=b=c"), Ok(("A".into(), "b=c".into())));
-        assert_eq!(parse_variable("A="), Ok(("A".into(), "".into())));
-        assert!(parse_variable("A").is_err());
-        assert!(parse_variable("=b").is_err());
     }
 
     #[test]
@@ -387,13 +393,5 @@ mod tests {
             warning.ends_with("clone (2x), number 9999 (1x)"),
             "{warning}"
         );
-    }
-
-    #[test]
-    fn a_time_limit_is_a_positive_number() {
-        assert_eq!(parse_seconds("0.5"), Ok(Duration::from_millis(500)));
-        for text in ["0", "-1", "x", "inf", "1e300"] {
-            assert!(parse_seconds(text).is_err(), "{text}");
-        }
     }
 }

@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::output;
+use crate::{family, output, report};
 
 /// What `timeout` ends with as well.
 const TIME_IS_OVER: u8 = 124;
 
-/// Starts a thread that ends the process, program and all, after `limit`.
+/// Starts a thread that ends the process, program and all, after `limit`: every
+/// process that descends from this one is killed first. One whose parent has
+/// ended counts, too: it becomes a child of this process, which is made the
+/// reaper of orphans.
 ///
 /// The thread blocks every signal, so that signals for the process reach the
 /// thread that runs the program, and it only sleeps.
@@ -20,16 +23,22 @@ const TIME_IS_OVER: u8 = 124;
 /// # Errors
 ///
 /// If no thread can be made.
-pub(crate) fn start(limit: Duration, program: String) -> anyhow::Result<()> {
+pub(crate) fn start(limit: Duration, program: String, json: bool) -> anyhow::Result<()> {
+    family::adopt_orphans();
     let before = block_all_signals();
     let thread = thread::Builder::new()
         .name("watchdog".to_owned())
         .spawn(move || {
             thread::sleep(limit);
+            family::end_descendants();
             let seconds = limit.as_secs_f64();
-            output::complain(&format!(
-                "{program} did not end within {seconds} s; raise --timeout"
-            ));
+            if json {
+                output::complain_in_json(&report::timeout(limit));
+            } else {
+                output::complain(&format!(
+                    "{program} did not end within {seconds} s; raise --timeout"
+                ));
+            }
             // SAFETY: ends the process at once: nothing of it is used any more.
             unsafe { libc::_exit(TIME_IS_OVER.into()) }
         });

@@ -2,17 +2,21 @@
 //! [`std::process::Command`].
 
 use std::ffi::{CString, OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use dune_loader::{ImageError, find_command};
 
+use crate::confine::{self, ConfineError, SecondWall};
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
 use crate::host::SysResult;
 use crate::launch::{self, LaunchError};
+use crate::policy::enforced::Enforced;
+use crate::policy::{self, Policy, Refusal, RulesError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
 use crate::trace::Tracer;
@@ -39,6 +43,11 @@ pub struct Command {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
+    policy: Policy,
+    wall: SecondWall,
+    own_checks: bool,
+    explain: Option<Arc<File>>,
+    crash_report: Option<Arc<File>>,
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
 }
@@ -51,6 +60,10 @@ pub struct Outcome {
     /// System calls it made that the guard does not have, each answered with
     /// `ENOSYS` (`ENOTTY` for `ioctl` requests).
     pub missing: Vec<MissingCall>,
+    /// What the policy refused, each request once.
+    pub refused: Vec<Refusal>,
+    /// How often it refused something.
+    pub refusals: u64,
 }
 
 /// Why a program could not be run to its end.
@@ -80,6 +93,12 @@ pub enum RunError {
         /// Where the first such mapping begins.
         start: u64,
     },
+    /// The policy does not fit this machine.
+    #[error(transparent)]
+    Rules(#[from] RulesError),
+    /// The process could not be confined.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -116,9 +135,60 @@ impl Command {
             args: Vec::new(),
             environment: std::env::vars_os().collect(),
             directory: None,
+            policy: Policy::new(),
+            wall: SecondWall::default(),
+            own_checks: true,
+            explain: None,
+            crash_report: None,
             handlers: Handlers::default(),
             tracer: None,
         }
+    }
+
+    /// Describes the program's death by a signal in `file`: registers and a
+    /// backtrace ([`crate::crash::Crash`]). The descriptor is hidden from the
+    /// program; see [`crate::host::move_fd_high`].
+    ///
+    /// A signal that somebody else sends, and that the program does not
+    /// handle, ends this process without it.
+    #[must_use]
+    pub fn crash_report_to(mut self, file: File) -> Self {
+        self.crash_report = Some(Arc::new(file));
+        self
+    }
+
+    /// Writes a line to `file` for each request that the policy refuses, as it
+    /// occurs. The descriptor is hidden from the program; see
+    /// [`crate::host::move_fd_high`].
+    #[must_use]
+    pub fn explain_to(mut self, file: File) -> Self {
+        self.explain = Some(Arc::new(file));
+        self
+    }
+
+    /// Sets what the program may do. Its environment is made of this
+    /// command's by [`Policy::environment`].
+    #[must_use]
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Sets whether the second wall ([`crate::confine`]) must stand.
+    #[must_use]
+    pub fn second_wall(mut self, wall: SecondWall) -> Self {
+        self.wall = wall;
+        self
+    }
+
+    /// Leaves the policy to the second wall alone, to test that it stands by
+    /// itself.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_own_policy_checks(mut self) -> Self {
+        self.own_checks = false;
+        self
     }
 
     /// Sets `argv[0]`, which otherwise is the program as given.
@@ -214,6 +284,7 @@ impl Command {
     /// If it cannot be started, or the engine fails.
     pub fn run(self, engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
         check_user_space_is_free()?;
+        let policy = self.policy.from_here();
         // First, so that relative paths of the program are seen from there.
         if let Some(path) = &self.directory {
             std::env::set_current_dir(path).map_err(|source| RunError::Directory {
@@ -221,8 +292,8 @@ impl Command {
                 source,
             })?;
         }
-        let search = self
-            .environment
+        let environment = policy.environment(self.environment)?;
+        let search = environment
             .iter()
             .find(|(key, _)| key == "PATH")
             .map(|(_, value)| value.as_os_str());
@@ -232,8 +303,7 @@ impl Command {
             .chain(&self.args)
             .map(|arg| c_string(arg))
             .collect::<Result<Vec<_>, _>>()?;
-        let envp = self
-            .environment
+        let envp = environment
             .iter()
             .map(|(key, value)| {
                 let mut text = key.clone();
@@ -255,12 +325,36 @@ impl Command {
             guard.program.set_tracer(tracer);
         }
         signal::host::forbid_core_dumps();
+        let needed = if policy.restricts_files() {
+            policy::needed::to_load(&path, &environment)?
+        } else {
+            Vec::new()
+        };
+        let rules = policy.rules(&needed)?;
+        launch::learn_machine()?;
+        if let Some(time) = rules.limits.cpu_time {
+            confine::limit_cpu_time(time)?;
+        }
+        confine::confine(&policy, &rules, self.wall)?;
+        let policy = Enforced::new(rules, self.explain, self.own_checks)
+            .count_tasks()
+            .map_err(|errno| LaunchError::Map {
+                what: "the count of threads",
+                errno,
+            })?;
+        guard.configure(policy, self.crash_report);
         let stack_limit = guard.program.process().limits.stack();
         let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
         let mut user = prepared.load(&mut guard)?;
         let end = guard.run(&mut user)?;
         let missing = guard.missing_calls();
-        Ok(Outcome { end, missing })
+        let (refused, refusals) = guard.program.policy().refusals();
+        Ok(Outcome {
+            end,
+            missing,
+            refused,
+            refusals,
+        })
     }
 }
 

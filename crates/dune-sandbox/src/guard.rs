@@ -5,14 +5,22 @@
 //! memory, frames) is hostile until checked, and only what was checked is
 //! used: a value in the program's memory is read once, into the guard's.
 
+use core::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
+
 use crate::calls::fork::finish_vfork;
+use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::crash::Crash;
 use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
+use crate::policy::enforced::Enforced;
 use crate::program::Program;
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
@@ -20,7 +28,9 @@ use crate::signal::deliver::{
     signal_of_page_fault,
 };
 use crate::signal::host::{self, thread_id};
-use crate::signal::{Dispositions, ThreadSignals, record};
+use crate::signal::{
+    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, default_action, record,
+};
 use crate::table::{self, Args, Call, Handling, Restart};
 use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
@@ -63,7 +73,7 @@ pub struct MissingCall {
 
 /// The guard of one thread of a program. See the module documentation.
 ///
-/// What the threads share is in the [`Program`]; there can be one at a time in
+/// What the threads share is in the `Program`; there can be one at a time in
 /// a process: signal dispositions, descriptors and the user's part of the
 /// address space are the process's.
 pub struct Guard {
@@ -71,6 +81,8 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// What the call in hand holds, until it is done.
+    pub(crate) pins: RefCell<Vec<Pin>>,
     /// The thread's id, the same for the program and the host.
     pub(crate) tid: u32,
     /// Where a zero goes when the thread has ended; 0 for nowhere.
@@ -122,6 +134,7 @@ impl Guard {
             engine,
             signals,
             strings: Strings::default(),
+            pins: RefCell::default(),
             tid: thread_id(),
             clear_child_tid: 0,
             status: None,
@@ -189,16 +202,19 @@ impl Guard {
                     return None;
                 }
             }
-            let resume = match self.engine.run(user) {
-                Ok(trap) => self.on_trap(trap, user),
-                Err(error) => Err(error),
+            let (resume, fault) = match self.engine.run(user) {
+                Ok(trap) => (self.on_trap(trap, user), trap.address()),
+                Err(error) => (Err(error), None),
             };
             let finish = match resume {
                 Ok(Resume::Continue) => continue,
                 Ok(Resume::ThreadExit(status)) => return Some(status),
                 Ok(Resume::Leave) => return None,
                 Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
-                Ok(Resume::Killed(signal)) => Ok(End::Killed(signal)),
+                Ok(Resume::Killed(signal)) => {
+                    self.report_crash(signal, fault, user);
+                    Ok(End::Killed(signal))
+                }
                 Err(error) => Err(error),
             };
             self.end_program(finish);
@@ -226,6 +242,22 @@ impl Guard {
         self.program.threads.end(self.pid(), finish);
     }
 
+    /// Says where the program is when it dies of a signal, if that was asked
+    /// for.
+    pub(crate) fn report_crash(&self, signal: u32, address: Option<u64>, user: &UserState) {
+        let Some(file) = self.program.crash_report() else {
+            return;
+        };
+        let crash = Crash::of(signal, address, user, self.memory());
+        let lines = crash.to_string();
+        let lines: String = lines
+            .lines()
+            .map(|line| format!("dune: {line}\n"))
+            .collect();
+        // There is nobody to tell that it cannot be written.
+        let _ = { file }.write_all(lines.as_bytes());
+    }
+
     /// Handles one trap.
     ///
     /// # Errors
@@ -251,6 +283,21 @@ impl Guard {
         match self.broken.take() {
             Some(error) => Err(error),
             None => Ok(resume),
+        }
+    }
+
+    /// Sets what the program may do, and where its death is described. Only
+    /// before it runs: nobody else may know of it yet.
+    ///
+    /// # Panics
+    ///
+    /// If somebody does.
+    pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
+        // Going on without the policy is the one thing that must not happen.
+        let program = Arc::get_mut(&mut self.program).expect("the program has not begun");
+        program.set_policy(policy);
+        if let Some(file) = crash_report {
+            program.set_crash_report(file);
         }
     }
 
@@ -304,6 +351,7 @@ impl Guard {
         };
         self.never_restart = false;
         let answer = self.dispatch(call, user, args);
+        self.pins.get_mut().clear();
         self.trace_answer(begun, &answer);
         let result = match answer {
             Answer::Return(result) => result,
@@ -338,6 +386,11 @@ impl Guard {
     }
 
     fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: Args) -> Answer {
+        if self.program.crash_report().is_some()
+            && let Some(signal) = self.kills_itself_by(call.nr, args)
+        {
+            self.report_crash(signal, None, user);
+        }
         if let Handling::Control(handler) = call.handling {
             return match self.check(call, args) {
                 Ok(checked) => handler(self, user, checked.values()),
@@ -365,6 +418,21 @@ impl Guard {
                 handler(self, checked.values())
             }
         }
+    }
+
+    #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
+    /// The signal by which a call of this thread is about to end the process.
+    fn kills_itself_by(&self, nr: u32, args: Args) -> Option<u32> {
+        let pid = u64::from(self.pid());
+        let signal = match nr {
+            __NR_kill | __NR_tkill if args[0] == pid => args[1] as u32,
+            __NR_tgkill if args[0] == pid => args[2] as u32,
+            _ => return None,
+        };
+        let fatal = (1..=SIGNALS).contains(&signal)
+            && default_action(signal) == DefaultAction::Terminate
+            && self.program.dispositions().action(signal).disposition() == Disposition::Default;
+        fatal.then_some(signal)
     }
 
     fn forward_as_told(&mut self, call: &'static Call, args: Args) -> SysResult {

@@ -35,11 +35,15 @@ use crate::calls::{Answer, fd, forward_always, own, own_mut, procfs};
 use crate::engine::{Access, UserState};
 use crate::guard::{End, Guard, leave_process};
 use crate::host::Errno;
+use crate::policy::Need;
+use crate::policy::uses::Last;
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP};
 use crate::signal::{Action, AltStack, Disposition, SIGKILL, SIGNALS, host};
 use crate::threads::Takeover;
 use crate::vma::{Attributes, Backing};
 
+/// `AT_FDCWD` in a register.
+const CWD: u64 = linux_raw_sys::general::AT_FDCWD as i64 as u64;
 /// Lowest place of a movable program.
 const EXE_BASE: u64 = 0x1555_5000_0000;
 /// The program's place is spread over so many pages (64 GiB).
@@ -273,12 +277,22 @@ pub(crate) fn replace(
     argv: Vec<CString>,
     envp: Vec<CString>,
 ) -> Answer {
-    let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+    let request = |path: &str| format!("execve({path})");
+    let text = path.to_bytes();
+    if let Err(errno) = guard.hold_path(CWD, text, Last::Follow, Need::Read, &request) {
+        return Answer::Return(Err(errno));
+    }
+    let path = Path::new(OsStr::from_bytes(text));
     let stack_limit = guard.program.process().limits.stack();
     let prepared = match prepare(guard, path, argv, &envp, stack_limit) {
         Ok(prepared) => prepared,
         Err(error) => return Answer::Return(Err(errno_of(&error))),
     };
+    // What was opened in the end, whatever the path led to meanwhile.
+    let mut files = prepared.files.open.iter().map(AsRawFd::as_raw_fd);
+    if let Err(errno) = files.try_for_each(|fd| guard.may_execute(fd)) {
+        return Answer::Return(Err(errno));
+    }
     let program = Arc::clone(&guard.program);
     if program
         .threads
@@ -371,6 +385,15 @@ fn map_segment(guard: &mut Guard, segment: &SegmentMap, file: RawFd) -> Result<(
 fn access_of(prot: Prot) -> Access {
     // The bits are those of `mmap` in both.
     Access::from_bits_truncate(prot.bits() as u8)
+}
+
+/// Reads what later starts need of the machine, while it may be read.
+///
+/// # Errors
+///
+/// If the host does not say.
+pub(crate) fn learn_machine() -> Result<(), LaunchError> {
+    machine().map(drop)
 }
 
 /// What the host told this process of the machine, asked once: a program that

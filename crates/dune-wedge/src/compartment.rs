@@ -18,6 +18,7 @@ use crate::gate::{self, BytesGate, Gate};
 use crate::guard::{Guard, Next};
 use crate::inside::entry;
 use crate::layout::{LARGEST_INPUT, LARGEST_STACK, PAGE, STACK_TOP, page_up};
+use crate::learn::Learned;
 use crate::policy::{Calls, File, FileRights, GateEntry, OnRefusal, Policy};
 use crate::runtime::{Runtime, runtime};
 use crate::shell::{Limits, Shell};
@@ -145,6 +146,38 @@ impl<'a> Builder<'a> {
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.time = limit;
         self
+    }
+
+    /// Runs a function once with everything allowed, and notes what it used beyond what was
+    /// granted here: for finding out which grants a function needs.
+    ///
+    /// Memory of the process is there where it is in the process, but global variables are
+    /// the copy from the start, as in any compartment. What could never be granted is refused
+    /// here too.
+    ///
+    /// # Errors
+    /// [`StartError`]; how the run ended is the first part of the result.
+    ///
+    /// # Safety
+    /// There is no protection: the function and what it calls must be trusted with the input,
+    /// and must not free what was allocated in the process.
+    pub unsafe fn learn<F, I, T>(
+        mut self,
+        body: F,
+        input: I,
+    ) -> Result<(Result<T, CompartmentError>, Learned), StartError>
+    where
+        F: Fn(I) -> T + Copy,
+        I: IntoBytes + Immutable,
+        T: FromBytes + IntoBytes,
+    {
+        self.policy.learned = Some(Box::default());
+        let mut compartment = self.build()?;
+        let result = compartment.run(body, input);
+        let learned = compartment.policy.learned.take().unwrap_or_default();
+        // It shows too much by now to be used again.
+        drop(compartment.shell.take());
+        Ok((result, *learned))
     }
 
     /// Makes the compartment. Starts the runtime if nobody did ([`start`](crate::start)).

@@ -81,6 +81,12 @@ impl Guard<'_, '_> {
             Ok(()) => return Ok(Next::Resume),
             Err(denied) => denied,
         };
+        if let (Denied::NotGranted, Some(learned)) = (&denied, &mut self.policy.learned)
+            && let Some(writable) = learned.memory(address, access, context.registers().rip)
+        {
+            self.shell.show_process(address, writable)?;
+            return Ok(Next::Resume);
+        }
         Err(match denied {
             Denied::NotGranted => CompartmentError::Fault {
                 address,
@@ -183,7 +189,8 @@ impl Guard<'_, '_> {
             registers.r9,
         ];
         let [a, b, c, d, e, _] = arguments;
-        let refused = |reason| self.refused(number, arguments, reason);
+        let on_refusal = self.policy.on_refusal;
+        let refused = |reason| refusal(on_refusal, number, arguments, reason);
         match number {
             request::PANIC => {
                 let mut text = vec![0; (b as usize).min(LONGEST_MESSAGE)];
@@ -228,7 +235,7 @@ impl Guard<'_, '_> {
             }
             libc::SYS_read | libc::SYS_pread64 | libc::SYS_recvfrom => {
                 let needed = needed(FileRights::READ, number);
-                if !self.policy.rights_of(a).contains(needed) {
+                if !self.policy.allows_file(a, needed) {
                     return refused(
                         "it has no right to read from the descriptor; Builder::file grants it",
                     );
@@ -240,7 +247,7 @@ impl Guard<'_, '_> {
             }
             libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_sendto => {
                 let needed = needed(FileRights::WRITE, number);
-                if !self.policy.rights_of(a).contains(needed) {
+                if !self.policy.allows_file(a, needed) {
                     return refused(
                         "it has no right to write to the descriptor; Builder::file grants it",
                     );
@@ -251,7 +258,7 @@ impl Guard<'_, '_> {
                 Ok(self.write(number, a, b, c, d))
             }
             libc::SYS_lseek => {
-                if !self.policy.rights_of(a).contains(FileRights::SEEK) {
+                if !self.policy.allows_file(a, FileRights::SEEK) {
                     return refused(
                         "it has no right to seek in the descriptor; Builder::file grants it",
                     );
@@ -260,7 +267,7 @@ impl Guard<'_, '_> {
                 Ok(unsafe { raw(number, [a, b, c, 0, 0, 0]) })
             }
             libc::SYS_fstat => {
-                if !self.policy.rights_of(a).contains(FileRights::STAT) {
+                if !self.policy.allows_file(a, FileRights::STAT) {
                     return refused(
                         "it has no right to the descriptor's state; Builder::file grants it",
                     );
@@ -274,7 +281,7 @@ impl Guard<'_, '_> {
                 if !is_empty || d != libc::AT_EMPTY_PATH as u64 {
                     return refused("paths cannot be granted; open the file outside");
                 }
-                if !self.policy.rights_of(a).contains(FileRights::STAT) {
+                if !self.policy.allows_file(a, FileRights::STAT) {
                     return refused(
                         "it has no right to the descriptor's state; Builder::file grants it",
                     );
@@ -282,34 +289,23 @@ impl Guard<'_, '_> {
                 Ok(self.stat(a, c))
             }
             libc::SYS_clock_gettime | libc::SYS_gettimeofday | libc::SYS_time => {
-                if !self.policy.calls.contains(Calls::CLOCKS) {
+                if !self.policy.allows_calls(Calls::CLOCKS) {
                     return refused("it was not given Calls::CLOCKS");
                 }
                 Ok(self.clock(number, a, b))
             }
             libc::SYS_getrandom => {
-                if !self.policy.calls.contains(Calls::RANDOM) {
+                if !self.policy.allows_calls(Calls::RANDOM) {
                     return refused("it was not given Calls::RANDOM");
                 }
                 Ok(self.random(a, b, c))
             }
-            _ => refused("this call cannot be granted"),
-        }
-    }
-
-    fn refused(
-        &self,
-        number: u64,
-        arguments: [u64; 6],
-        reason: &'static str,
-    ) -> Result<u64, CompartmentError> {
-        match self.policy.on_refusal {
-            OnRefusal::Errno => Ok(errno(libc::EPERM)),
-            OnRefusal::End => Err(CompartmentError::Refused {
-                number,
-                arguments: [arguments[0], arguments[1], arguments[2]],
-                reason,
-            }),
+            _ => {
+                if let Some(learned) = &mut self.policy.learned {
+                    learned.refused.insert(number);
+                }
+                refused("this call cannot be granted")
+            }
         }
     }
 
@@ -405,6 +401,23 @@ impl Guard<'_, '_> {
             Ok(()) => result,
             Err(_) => errno(libc::EFAULT),
         }
+    }
+}
+
+/// What a call leads to that was not granted.
+fn refusal(
+    on_refusal: OnRefusal,
+    number: u64,
+    arguments: [u64; 6],
+    reason: &'static str,
+) -> Result<u64, CompartmentError> {
+    match on_refusal {
+        OnRefusal::Errno => Ok(errno(libc::EPERM)),
+        OnRefusal::End => Err(CompartmentError::Refused {
+            number,
+            arguments: [arguments[0], arguments[1], arguments[2]],
+            reason,
+        }),
     }
 }
 

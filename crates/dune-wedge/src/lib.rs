@@ -87,16 +87,19 @@
 //! the memory used up, the time used up, a refused call. None of it harms the process or the
 //! next run.
 //!
+//! [`Builder::learn`] runs a function with everything allowed, and says what it used beyond
+//! its grants: a draft of the policy.
+//!
 //! # What it costs
 //!
 //! Instructions, in the lab (`cargo xtask bench wedge`), no exit in any of them:
 //!
 //! | operation | instructions | beside it |
 //! |---|---|---|
-//! | run an empty function, and back to pristine | 736 | |
-//! | make, run, end | 1,460 | `fork` and wait 390,000, a thread 75,000 |
-//! | the same with nothing left of earlier ones | 13,700 | |
-//! | through a gate and back | 278 | two writes of the protection key register 10 |
+//! | run an empty function, and back to pristine | 724 | |
+//! | make, run, end | 1,459 | `fork` and wait 346,000, `posix_spawn` 810,000, a thread 58,000 |
+//! | make and run with nothing left of earlier ones | 13,750 | |
+//! | through a gate and back | 279 | two writes of the protection key register 10 |
 //!
 //! A request to the web server of the examples, each read in a compartment, takes 144,700
 //! instructions, and 134,300 where all is one process (`https --measure`).
@@ -126,8 +129,6 @@
 //!   see "What is not done yet" in docs/ARCHITECTURE.md.
 //! * A child that the process forks starts the runtime with the parent's image; its time
 //!   limits are not kept, because the thread that keeps them is the parent's.
-//! * Learning which grants a program needs by running it with everything allowed (Wedge's
-//!   Crowbar) is not there yet.
 //! * In the web server of the examples the private key and the reading of requests are in
 //!   compartments. The TLS session keys are not: rustls keeps them in the process.
 //! * glibc on x86-64 only.
@@ -141,6 +142,7 @@
 //!   compartment  what is granted, and a run from start to end
 //!   guard        what happens at a trap; policy: what it asks
 //!   gate, tag    calls and memory that are shared
+//!   learn        what a run used that was not granted
 //!   inside/      what runs in ring 3 and is not trusted: entry, heap, panics
 //!   watchdog     time limits
 //! ```
@@ -153,6 +155,7 @@ mod guard;
 mod image;
 mod inside;
 mod layout;
+mod learn;
 mod policy;
 mod pool;
 mod runtime;
@@ -164,6 +167,7 @@ pub use compartment::{Builder, Compartment};
 pub use error::{Access, CompartmentError, StartError};
 pub use gate::{BytesGate, Gate};
 pub use inside::is_inside;
+pub use learn::{Learned, Touched};
 pub use policy::{Calls, FileRights, OnRefusal};
 pub use pool::{Pool, Pooled};
 pub use runtime::{Usage, start, usage};

@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::gate::Behind;
+use crate::learn::Learned;
 
 bitflags::bitflags! {
     /// What a compartment may do with a file descriptor.
@@ -70,6 +71,8 @@ pub(crate) struct Policy<'a> {
     pub(crate) calls: Calls,
     pub(crate) gates: Vec<GateEntry<'a>>,
     pub(crate) on_refusal: OnRefusal,
+    /// In a run in which everything is allowed: what it used.
+    pub(crate) learned: Option<Box<Learned>>,
 }
 
 impl Default for Calls {
@@ -79,7 +82,35 @@ impl Default for Calls {
 }
 
 impl Policy<'_> {
-    pub(crate) fn rights_of(&self, fd: u64) -> FileRights {
+    /// Whether a descriptor may be used so.
+    pub(crate) fn allows_file(&mut self, fd: u64, needed: FileRights) -> bool {
+        if self.rights_of(fd).contains(needed) {
+            return true;
+        }
+        let Some(learned) = &mut self.learned else {
+            return false;
+        };
+        let rights = learned
+            .files
+            .entry(fd as i32)
+            .or_insert(FileRights::empty());
+        *rights |= needed;
+        true
+    }
+
+    /// Whether calls may be made.
+    pub(crate) fn allows_calls(&mut self, needed: Calls) -> bool {
+        if self.calls.contains(needed) {
+            return true;
+        }
+        let Some(learned) = &mut self.learned else {
+            return false;
+        };
+        learned.calls |= needed;
+        true
+    }
+
+    fn rights_of(&self, fd: u64) -> FileRights {
         self.files
             .iter()
             .filter(|file| i64::from(file.fd.as_raw_fd()) == i64::from(fd as i32))

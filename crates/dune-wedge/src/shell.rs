@@ -290,6 +290,16 @@ impl Shell {
         self.space.unmap(range_of(start, end))
     }
 
+    /// Shows a page of the process where it is. The shell is not used again.
+    pub(crate) fn show_process(&mut self, address: u64, writable: bool) -> Result<(), SpaceError> {
+        let page = page_of(address);
+        let rights = if writable { PteFlags::RW } else { PteFlags::R };
+        self.space.own_tables(GuestVirt::new_truncate(page))?;
+        // SAFETY: whoever learns has promised that the function uses the process's memory as
+        // it would in the process (`Builder::learn`), which has it mapped so.
+        unsafe { self.space.replace_memory(page_range(page), page, rights) }
+    }
+
     /// Pages of memory and of page tables that are this compartment's alone.
     pub(crate) fn private_pages(&self) -> usize {
         self.pages.len()

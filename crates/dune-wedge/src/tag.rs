@@ -83,11 +83,21 @@ pub enum TagError {
 static ADDRESSES: Mutex<Addresses> = Mutex::new(Addresses {
     next: TAGS_START,
     free: Vec::new(),
+    live: BTreeMap::new(),
 });
 
 struct Addresses {
     next: u64,
     free: Vec<(u64, u64)>,
+    /// Tags that there are, and where they end.
+    live: BTreeMap<u64, u64>,
+}
+
+/// The first address of the tag that an address is in.
+pub(crate) fn start_of(address: u64) -> Option<u64> {
+    let addresses = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+    let (start, end) = addresses.live.range(..=address).next_back()?;
+    (address < *end).then_some(*start)
 }
 
 impl Addresses {
@@ -129,6 +139,7 @@ impl Tag {
                 )
             };
             if mapped as u64 == start {
+                addresses.live.insert(start, start + bytes);
                 let free = BTreeMap::from([(start, bytes)]);
                 return Ok(Self {
                     start,
@@ -309,6 +320,7 @@ impl Drop for Tag {
         let result = unsafe { libc::munmap(self.start as *mut _, self.bytes as usize) };
         if result == 0 {
             let mut addresses = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+            addresses.live.remove(&self.start);
             addresses.free.push((self.start, self.bytes));
         }
     }

@@ -57,6 +57,7 @@
 //! could do before, to itself and to nobody else. What is protected is the process from ring 3.
 
 mod arch;
+pub mod dirty;
 mod error;
 pub mod exceptions;
 mod guest;

@@ -79,7 +79,7 @@ fn measure(bench: &Bench, under: Under<'_>) -> Result<Cost, String> {
 }
 
 /// The ticks that the program printed, if its result is the right one.
-fn parse(text: &str) -> Option<u64> {
+pub(crate) fn parse(text: &str) -> Option<u64> {
     let (result, ticks) = text.trim().split_once(' ')?;
     (result == RESULT).then(|| ticks.parse().ok())?
 }

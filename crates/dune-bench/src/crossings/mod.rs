@@ -17,7 +17,7 @@ mod program;
 mod protect_fault;
 mod ring3;
 mod run_ls;
-mod signal;
+pub(crate) mod signal;
 mod syscall;
 mod tracer;
 mod wedge;

@@ -16,7 +16,7 @@ use crate::report::{DUNE, LINUX, Row};
 
 const BATCH: u32 = 16;
 /// A twentieth of a thread, which is less than a hundredth of a process.
-const CREATE: f64 = 3_750.0;
+const CREATE: f64 = 2_900.0;
 const FORK: &str = "fork";
 const THREAD: &str = "pthread";
 const SPAWN: &str = "posix_spawn";

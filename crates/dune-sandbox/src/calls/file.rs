@@ -5,12 +5,15 @@ use linux_raw_sys::general::{
     __NR_preadv2, __NR_pwritev, __NR_pwritev2, __NR_readlinkat, __NR_readv, __NR_writev,
     __O_TMPFILE, AT_FDCWD, F_DUPFD, F_DUPFD_CLOEXEC, O_CREAT, O_TRUNC, O_WRONLY,
 };
+use linux_raw_sys::ioctl::{FS_IOC_SETFLAGS, SIOCGIFCONF};
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
 use crate::calls::procfs::Folder;
 use crate::calls::{fd, forward, net, own, procfs, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::policy::Need;
+use crate::policy::uses::Last;
 use crate::table::Args;
 
 pub(crate) use crate::calls::fd::close_range;
@@ -40,9 +43,11 @@ pub(crate) fn creat(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn openat(guard: &mut Guard, args: Args) -> SysResult {
     let [dirfd, path, flags, mode, ..] = args;
-    let path = guard.copy_path(path)?;
+    let mut held = flags;
+    let path = guard.hold_opened(dirfd, path, &mut held)?;
+    let more = held & !flags;
     procfs::open(guard, flags, |flags| {
-        forward(__NR_openat, [dirfd, path, flags, mode, 0, 0])
+        forward(__NR_openat, [dirfd, path, flags | more, mode, 0, 0])
     })
 }
 
@@ -68,12 +73,18 @@ pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
     for (field, bytes) in how.iter_mut().zip(known.as_chunks::<8>().0) {
         *field = u64::from_le_bytes(*bytes);
     }
-    let path = guard.copy_path(path)?;
     let [flags, mode, resolve] = how;
+    if resolve != 0 && guard.program.policy().files().is_some() {
+        // Ways of resolving a path that is not the program's any more.
+        return Err(Errno::ENOSYS);
+    }
+    let mut held = flags;
+    let path = guard.hold_opened(dirfd, path, &mut held)?;
+    let more = held & !flags;
     procfs::open(guard, flags, |flags| {
         // The kernel wants no mode where nothing is made.
         let makes = flags & u64::from(O_CREAT | __O_TMPFILE) != 0;
-        let how = [flags, if makes { mode } else { 0 }, resolve];
+        let how = [flags | more, if makes { mode } else { 0 }, resolve];
         forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])
     })
 }
@@ -95,6 +106,10 @@ pub(crate) fn readlinkat(guard: &mut Guard, args: Args) -> SysResult {
         guard.memory().write(buffer, &target[..count])?;
         return Ok(count as u64);
     }
+    let text = path.strip_suffix(b"\0").unwrap_or(&path);
+    let request = |path: &str| format!("readlink({path})");
+    let mut path = guard.hold_path(dirfd, text, Last::NoFollow, Need::Look, &request)?;
+    path.push(0);
     forward(__NR_readlinkat, [dirfd, own(&path[..]), buffer, len, 0, 0])
 }
 
@@ -131,9 +146,11 @@ fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
 }
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
-    let [fd, request, argument, ..] = args;
-    if request as u32 == linux_raw_sys::ioctl::SIOCGIFCONF {
-        return net::list_interfaces(guard, fd, argument);
+    let [mut fd, request, argument, ..] = args;
+    match request as u32 {
+        SIOCGIFCONF => return net::list_interfaces(guard, fd, argument),
+        FS_IOC_SETFLAGS => fd = guard.hold_changed("FS_IOC_SETFLAGS", fd)?,
+        _ => {}
     }
     let Some(kind) = ioctl_argument(request as u32) else {
         guard.count_missing(__NR_ioctl);

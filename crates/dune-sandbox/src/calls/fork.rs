@@ -126,6 +126,13 @@ fn fork_with(
         // belongs to the parent alone. Whoever takes it sets the mask.
         return give_up(pipe, Errno::ERESTARTSYS);
     }
+    let slot = match program.policy().take_task() {
+        Ok(slot) => slot,
+        Err(errno) => {
+            host::set_mask(guard.signals.mask);
+            return give_up(pipe, errno);
+        }
+    };
     let locks = program.lock_all();
     let before = guard.engine.fds();
     let child = fork();
@@ -150,6 +157,8 @@ fn fork_with(
     }
     let error = std::io::Error::last_os_error();
     drop(locks);
+    let made = u32::try_from(child).map_err(|_| Errno::EAGAIN);
+    program.policy().settle_task(slot, made);
     host::set_mask(guard.signals.mask);
     if child < 0 {
         return give_up(pipe, Errno::of(&error));

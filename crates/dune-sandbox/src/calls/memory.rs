@@ -27,6 +27,7 @@ use crate::calls::{forward, forward_always};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::policy::Remedy;
 use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
 use crate::table::Args;
@@ -98,7 +99,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
     }
     let mut memory = program.memory_mut();
     let range = choose(&memory, addr, len, flags)?;
-    check_limit(&program, &memory, len)?;
+    check_limit(&program, &memory, len, access)?;
 
     let place = if memory.areas.is_free(range) {
         MAP_FIXED_NOREPLACE
@@ -183,9 +184,39 @@ fn choose(memory: &Memory, addr: u64, len: u64, flags: u32) -> Result<PageRange,
 }
 
 /// `ENOMEM` if `more` bytes exceed the program's limit.
-fn check_limit(program: &Program, memory: &Memory, more: u64) -> Result<(), Errno> {
+fn check_limit(program: &Program, memory: &Memory, more: u64, access: Access) -> Result<(), Errno> {
     let limits = program.process().limits;
-    limits.check_address_space(memory.areas.bytes(), more)
+    limits.check_address_space(memory.areas.bytes(), more)?;
+    if access.contains(Access::WRITE) {
+        check_writable(program, memory, more)?;
+    }
+    Ok(())
+}
+
+/// `ENOMEM` if `more` writable bytes exceed what the policy gives: those that
+/// can be written count, whoever else sees them, but for the main stack, which
+/// has a limit of its own.
+fn check_writable(program: &Program, memory: &Memory, more: u64) -> Result<(), Errno> {
+    let policy = program.policy();
+    let Some(limit) = policy.rules().limits.memory else {
+        return Ok(());
+    };
+    let counts = |attributes: &Attributes| {
+        attributes.access.contains(Access::WRITE) && attributes.backing != Backing::Stack
+    };
+    let used: u64 = memory
+        .areas
+        .iter()
+        .filter(|area| counts(&area.attributes))
+        .map(|area| area.range.len())
+        .sum();
+    match used.checked_add(more) {
+        Some(sum) if sum <= limit => Ok(()),
+        _ => {
+            let request = "more memory".to_owned();
+            Err(policy.refuse(request, Remedy::Memory, Errno::ENOMEM))
+        }
+    }
 }
 
 pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
@@ -211,6 +242,15 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
         .overlapping(range)
         .filter_map(|area| Some((area.range.intersect(range)?, area.attributes.access)))
         .collect();
+    if access.contains(Access::WRITE) {
+        let gained = pieces
+            .iter()
+            .filter(|(_, old)| !old.contains(Access::WRITE));
+        let gained: u64 = gained.map(|(piece, _)| piece.len()).sum();
+        if gained > 0 {
+            check_writable(&program, &memory, gained)?;
+        }
+    }
     for (piece, old) in pieces {
         if old == access {
             continue;
@@ -293,7 +333,7 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     }
     let attributes = area.attributes;
     if new_len > old.len() {
-        check_limit(&program, memory, new_len - old.len())?;
+        check_limit(&program, memory, new_len - old.len(), attributes.access)?;
     }
 
     let new = if flags & MREMAP_FIXED != 0 {
@@ -385,8 +425,8 @@ fn grow_heap(program: &Program, memory: &mut Memory, at: u64, len: u64) -> Resul
     if !memory.areas.is_free(range) {
         return Err(Errno::ENOMEM);
     }
-    check_limit(program, memory, len)?;
     let access = Access::READ | Access::WRITE;
+    check_limit(program, memory, len, access)?;
     map_anonymous(
         memory,
         range,

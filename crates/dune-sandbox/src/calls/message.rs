@@ -27,6 +27,7 @@ use linux_raw_sys::net::{
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::calls::net::{ADDRESS_MAX, Address, bounded};
+use crate::calls::net_policy::Naming;
 use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -81,12 +82,14 @@ struct Message {
 
 impl Message {
     /// Copies a message to be sent from the header at `at`.
-    fn to_send(guard: &Guard, at: u64) -> Result<Self, Errno> {
+    fn to_send(guard: &Guard, fd: u64, at: u64) -> Result<Self, Errno> {
         let mut message = Self::read(guard, at)?;
         let header = &message.header;
         if header.name != 0 && header.name_len != 0 {
             let len = name_len(header)?;
-            message.name = Some(Address::read(guard, header.name, len)?);
+            let mut name = Address::read(guard, header.name, len)?;
+            guard.may_name(Naming::Reach(fd, "sendmsg"), &mut name)?;
+            message.name = Some(name);
         }
         if header.control_len != 0 {
             message.control = read_control(guard, header)?;
@@ -96,7 +99,7 @@ impl Message {
     }
 
     /// Checks a message to be received into what the header at `at` says.
-    fn to_receive(guard: &Guard, at: u64) -> Result<Self, Errno> {
+    fn to_receive(guard: &Guard, _fd: u64, at: u64) -> Result<Self, Errno> {
         let mut message = Self::read(guard, at)?;
         let header = &mut message.header;
         if header.name != 0 {
@@ -310,7 +313,7 @@ impl<'a> Iterator for ControlMessages<'a> {
 
 pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
-    let message = Message::to_send(guard, at)?;
+    let message = Message::to_send(guard, fd, at)?;
     let header = message.outgoing();
     let args = [fd, own(&header), flags, 0, 0, 0];
     let result = send::<2>(guard, __NR_sendmsg, args, &message.rights);
@@ -319,7 +322,7 @@ pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
-    let message = Message::to_receive(guard, at)?;
+    let message = Message::to_receive(guard, fd, at)?;
     let mut header = message.incoming();
     let args = [fd, own_mut(&mut header), flags, 0, 0, 0];
     let result = forward(__NR_recvmsg, args);
@@ -330,7 +333,7 @@ pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, count, flags, ..] = args;
-    let messages = read_many(guard, at, count, Message::to_send)?;
+    let messages = read_many(guard, fd, at, count, Message::to_send)?;
     let mut headers = counted(&messages, Message::outgoing);
     let many = [
         fd,
@@ -351,7 +354,7 @@ pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn recvmmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, count, flags, timeout, _] = args;
-    let messages = read_many(guard, at, count, Message::to_receive)?;
+    let messages = read_many(guard, fd, at, count, Message::to_receive)?;
     let mut headers = counted(&messages, Message::incoming);
     let many = [
         fd,
@@ -375,9 +378,10 @@ pub(crate) fn recvmmsg(guard: &mut Guard, args: Args) -> SysResult {
 /// that of the very first.
 fn read_many(
     guard: &Guard,
+    fd: u64,
     at: u64,
     count: u64,
-    read: fn(&Guard, u64) -> Result<Message, Errno>,
+    read: fn(&Guard, u64, u64) -> Result<Message, Errno>,
 ) -> Result<Vec<Message>, Errno> {
     let count = u64::from(count as u32).min(MOST);
     let mut messages = Vec::new();
@@ -385,7 +389,7 @@ fn read_many(
         let header = at
             .checked_add(index * size_of::<CountedHeader>() as u64)
             .ok_or(Errno::EFAULT);
-        match header.and_then(|header| read(guard, header)) {
+        match header.and_then(|header| read(guard, fd, header)) {
             Ok(message) => messages.push(message),
             Err(errno) if messages.is_empty() => return Err(errno),
             Err(_) => break,
@@ -481,12 +485,12 @@ mod tests {
 
     fn sent(change: Change<'_>) -> Result<(), Errno> {
         let (guard, pages) = with_header(change);
-        Message::to_send(&guard, pages.start()).map(drop)
+        Message::to_send(&guard, 3, pages.start()).map(drop)
     }
 
     fn received(change: Change<'_>) -> Result<(), Errno> {
         let (guard, pages) = with_header(change);
-        Message::to_receive(&guard, pages.start()).map(drop)
+        Message::to_receive(&guard, 3, pages.start()).map(drop)
     }
 
     #[test]
@@ -532,7 +536,7 @@ mod tests {
                 .memory()
                 .write(at, &control(level, kind, &data))
                 .unwrap();
-            let read = Message::to_send(&guard, pages.start()).map(drop);
+            let read = Message::to_send(&guard, 3, pages.start()).map(drop);
             assert_eq!(read, expected, "level {level} kind {kind}");
         }
     }
@@ -542,7 +546,7 @@ mod tests {
         let (guard, pages) = with_header(|_, _| {});
         let at = pages.start();
         let count = |at, count| {
-            read_many(&guard, at, count, Message::to_send).map(|messages| messages.len())
+            read_many(&guard, 3, at, count, Message::to_send).map(|messages| messages.len())
         };
         assert_eq!(count(at, 1), Ok(1));
         let bad = Header {

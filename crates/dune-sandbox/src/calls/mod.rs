@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "checked calls are handed to the host kernel")]
 
+pub(crate) mod family;
 pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod fork;
@@ -12,7 +13,9 @@ pub(crate) mod ioctl;
 pub(crate) mod memory;
 pub(crate) mod message;
 pub(crate) mod net;
+pub(crate) mod net_policy;
 pub(crate) mod opened;
+pub(crate) mod paths;
 pub(crate) mod process;
 pub(crate) mod procfs;
 pub(crate) mod signal;
@@ -61,6 +64,29 @@ pub(crate) struct Strings {
     texts: [Box<[u8; PATH_MAX]>; 2],
     /// No call has more than one.
     set: Box<SigSet>,
+}
+
+impl Strings {
+    /// The string that was copied into one of the buffers, without its zero.
+    pub(crate) fn text(&self, which: usize) -> Option<&[u8]> {
+        let buffer = self.texts.get(which)?;
+        let len = buffer.iter().position(|&byte| byte == 0)?;
+        Some(&buffer[..len])
+    }
+
+    /// Puts another string in its place; its address stays.
+    ///
+    /// # Errors
+    ///
+    /// `ENAMETOOLONG` if it does not fit.
+    pub(crate) fn set_text(&mut self, which: usize, text: &[u8]) -> Result<(), Errno> {
+        let buffer = self.texts.get_mut(which).ok_or(Errno::EINVAL)?;
+        let place = buffer.get_mut(..=text.len()).ok_or(Errno::ENAMETOOLONG)?;
+        let (place, zero) = place.split_at_mut(text.len());
+        place.copy_from_slice(text);
+        zero.fill(0);
+        Ok(())
+    }
 }
 
 impl Default for Strings {
@@ -179,6 +205,8 @@ impl Guard {
                 }
             };
         }
+        self.may_signal(call, &checked)?;
+        self.hold_paths(call, &mut checked)?;
         Ok(CheckedArgs(checked))
     }
 

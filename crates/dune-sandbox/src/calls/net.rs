@@ -5,14 +5,15 @@
 //! with `struct msghdr`, [`crate::calls::sockopt`] the options.
 
 use linux_raw_sys::general::{
-    __NR_accept, __NR_accept4, __NR_bind, __NR_connect, __NR_getsockopt, __NR_ioctl, __NR_recvfrom,
-    __NR_sendto, __NR_socket, __NR_socketpair,
+    __NR_accept, __NR_accept4, __NR_bind, __NR_connect, __NR_getsockopt, __NR_ioctl, __NR_listen,
+    __NR_recvfrom, __NR_sendto, __NR_socket, __NR_socketpair,
 };
 use linux_raw_sys::ioctl::SIOCGIFCONF;
 use linux_raw_sys::net::{
     AF_INET, AF_INET6, AF_NETLINK, AF_UNIX, SO_RCVTIMEO, SO_SNDTIMEO, SOCK_RAW, SOL_SOCKET,
 };
 
+use crate::calls::net_policy::Naming;
 use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -52,9 +53,26 @@ impl Address {
         self.len as u64
     }
 
+    /// Makes it the name of a pathname socket.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the path is too long for one.
+    pub(crate) fn set_unix_path(&mut self, path: &[u8]) -> Result<(), Errno> {
+        /// `sun_path` with a final zero.
+        const PATH_ROOM: usize = 108;
+        const FAMILY: usize = 2;
+        if path.len() >= PATH_ROOM {
+            return Err(Errno::EINVAL);
+        }
+        self.bytes[FAMILY..].fill(0);
+        self.bytes[FAMILY..FAMILY + path.len()].copy_from_slice(path);
+        self.len = FAMILY + path.len() + 1;
+        Ok(())
+    }
+
     /// The address itself.
-    #[cfg(test)]
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
 }
@@ -79,9 +97,10 @@ fn check_kind(family: u64, kind: u64, protocol: u64) -> Result<(), Errno> {
     }
 }
 
-pub(crate) fn socket(_guard: &mut Guard, args: Args) -> SysResult {
+pub(crate) fn socket(guard: &mut Guard, args: Args) -> SysResult {
     let [family, kind, protocol, ..] = args;
     check_kind(family, kind, protocol)?;
+    guard.may_make_socket(family as u32, kind as u32)?;
     forward(__NR_socket, args)
 }
 
@@ -93,17 +112,24 @@ pub(crate) fn socketpair(_guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn bind(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
-    let address = Address::read(guard, addr, len)?;
+    let mut address = Address::read(guard, addr, len)?;
+    guard.may_name(Naming::Bind, &mut address)?;
     forward(__NR_bind, [fd, address.pointer(), address.len(), 0, 0, 0])
 }
 
 pub(crate) fn connect(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
-    let address = Address::read(guard, addr, len)?;
+    let mut address = Address::read(guard, addr, len)?;
+    guard.may_name(Naming::Reach(fd, "connect"), &mut address)?;
     forward(
         __NR_connect,
         [fd, address.pointer(), address.len(), 0, 0, 0],
     )
+}
+
+pub(crate) fn listen(guard: &mut Guard, args: Args) -> SysResult {
+    guard.may_listen(args[0])?;
+    forward(__NR_listen, args)
 }
 
 /// The data is the program's, checked by the table; without an address it is
@@ -113,7 +139,8 @@ pub(crate) fn sendto(guard: &mut Guard, args: Args) -> SysResult {
     let result = if addr == 0 {
         forward(__NR_sendto, [fd, data, count, flags, 0, 0])
     } else {
-        let address = Address::read(guard, addr, len)?;
+        let mut address = Address::read(guard, addr, len)?;
+        guard.may_name(Naming::Reach(fd, "sendto"), &mut address)?;
         let to = [fd, data, count, flags, address.pointer(), address.len()];
         forward(__NR_sendto, to)
     };

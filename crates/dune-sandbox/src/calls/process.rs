@@ -5,7 +5,7 @@ use std::ffi::CString;
 use linux_raw_sys::general::{
     __NR_capget, __NR_capset, __NR_getegid, __NR_geteuid, __NR_getuid, __NR_prctl, __NR_prlimit64,
     __NR_setresgid, __NR_setresuid, AT_EMPTY_PATH, AT_FDCWD, RLIM_NLIMITS, RLIMIT_AS, RLIMIT_CORE,
-    RLIMIT_DATA, RLIMIT_STACK,
+    RLIMIT_CPU, RLIMIT_DATA, RLIMIT_STACK,
 };
 use linux_raw_sys::prctl::{
     PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, PR_CAPBSET_DROP, PR_CAPBSET_READ,
@@ -19,6 +19,7 @@ use crate::calls::{Answer, forward, forward_always, own, own_mut, user_pointer};
 use crate::engine::UserState;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::policy::Remedy;
 use crate::range::USER_HI;
 use crate::table::Args;
 use crate::user::PATH_MAX;
@@ -194,6 +195,22 @@ fn change_own_limit(
     Ok(Some(previous))
 }
 
+/// Root could raise the limit that stands for the policy's.
+fn refuse_more_cpu_time(guard: &Guard, resource: u32, new: &Limit) -> Result<(), Errno> {
+    let policy = guard.program.policy();
+    if resource != RLIMIT_CPU || policy.rules().limits.cpu_time.is_none() {
+        return Ok(());
+    }
+    let mut present: Limit = [0; 2];
+    let get = [0, u64::from(resource), 0, own_mut(&mut present), 0, 0];
+    forward_always(__NR_prlimit64, get)?;
+    if new[1] <= present[1] {
+        return Ok(());
+    }
+    let request = "setrlimit(RLIMIT_CPU)".to_owned();
+    Err(policy.refuse(request, Remedy::CpuTime, Errno::EPERM))
+}
+
 fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult {
     let resource = resource as u32;
     if resource >= RLIM_NLIMITS {
@@ -212,6 +229,9 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
             // one.
             let _steady = guard.program.hidden_fds();
             let mut previous: Limit = [0; 2];
+            if let Some(new) = &new {
+                refuse_more_cpu_time(guard, resource, new)?;
+            }
             let new = new.as_ref().map_or(0, own);
             let args = [0, u64::from(resource), new, own_mut(&mut previous), 0, 0];
             forward(__NR_prlimit64, args)?;

@@ -574,7 +574,7 @@ fn read_all(fd: u64) -> Result<Vec<u8>, Errno> {
 }
 
 /// The name that the kernel gives an open file.
-fn path_of(fd: u64) -> Result<Vec<u8>, Errno> {
+pub(crate) fn path_of(fd: u64) -> Result<Vec<u8>, Errno> {
     let link = format!("/proc/self/fd/{fd}\0");
     let mut path = vec![0; PATH_MAX];
     let args = [

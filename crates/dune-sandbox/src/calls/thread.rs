@@ -209,6 +209,7 @@ fn new_thread(guard: &mut Guard, user: &UserState, request: Request) -> SysResul
         .engine
         .save_xstate(&mut xstate)
         .map_err(|error| guard.engine_failed(error))?;
+    let slot = program.policy().take_task()?;
     let (born, birth): (_, Receiver<SysResult>) = channel();
     program.becomes_shared();
     // The new thread begins with every signal blocked, until it has its record.
@@ -250,6 +251,9 @@ fn new_thread(guard: &mut Guard, user: &UserState, request: Request) -> SysResul
     };
     let result = spawned.and_then(|_| birth.recv().unwrap_or(Err(Errno::EAGAIN)));
     host::set_mask(guard.signals.mask);
+    program
+        .policy()
+        .settle_task(slot, result.map(|tid| tid as u32));
     result
 }
 

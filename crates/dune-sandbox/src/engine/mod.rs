@@ -181,6 +181,17 @@ pub enum Trap {
     Interrupted,
 }
 
+impl Trap {
+    /// The address that a fault is about.
+    #[must_use]
+    pub const fn address(&self) -> Option<u64> {
+        match *self {
+            Self::PageFault { addr, .. } | Self::HostFault { addr, .. } => Some(addr),
+            Self::Syscall | Self::Exception { .. } | Self::Interrupted => None,
+        }
+    }
+}
+
 /// The engine cannot go on; the program cannot be run any further.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {

@@ -177,7 +177,7 @@ pub(super) const CALLS: &[Call] = &[
         Emulated(net::bind),
         [Fd, Copied(Address(2)), Value]
     ),
-    call!(__NR_listen, Forwarded, [Fd, Value]),
+    call!(__NR_listen, Emulated(net::listen), [Fd, Value]),
     call!(
         __NR_getsockname,
         Forwarded,

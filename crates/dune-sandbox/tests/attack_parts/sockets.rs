@@ -1,7 +1,7 @@
 //! Sockets that work: what they are asked to do would succeed, were it not for
 //! one bad pointer, option or descriptor.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dune_sandbox::host::Errno;
 use linux_raw_sys::general::*;
@@ -262,4 +262,50 @@ pub(crate) fn changing_message(target: &Target) {
             std::process::exit(SUCCEEDED);
         }
     }
+}
+
+/// Another thread changes the pointers in a header and its vector between the
+/// guard's look and the kernel's: what was looked at is what must be used.
+pub(crate) fn flipping_pointers(target: &Target) {
+    const ROUNDS: usize = 3000;
+    let [left, right] = pair(SOCK_DGRAM);
+    let good = [0x41_u8; 64];
+    let (good, bad) = (at(&good), target.canary);
+    let vector = [AtomicU64::new(good), AtomicU64::new(8)];
+    let mut room = [0_u64; 8];
+    let room = mutable(&mut room);
+    let message: [AtomicU64; 8] = header(at(&vector), 1, 0, 0).map(AtomicU64::new);
+    let into = [AtomicU64::new(room), AtomicU64::new(8)];
+    let place: [AtomicU64; 8] = header(at(&into), 1, room + 16, 24).map(AtomicU64::new);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for (slot, kept) in [(&vector[0], good), (&into[0], room), (&place[4], room + 16)] {
+                    slot.store(bad, Ordering::Relaxed);
+                    slot.store(kept, Ordering::Relaxed);
+                }
+            }
+        });
+        let dont_wait = u64::from(MSG_DONTWAIT);
+        let mut sent = 0;
+        for _ in 0..ROUNDS {
+            sent += usize::from(call(__NR_sendmsg, &[left, at(&message), dont_wait]).is_ok());
+            let mut seen = [0_u64; 8];
+            let receive = [right, mutable(&mut seen), 64, dont_wait, 0, 0];
+            if call(__NR_recvfrom, &receive).is_ok() && seen[0] != 0x4141_4141_4141_4141 {
+                println!("sent {:#x}", seen[0]);
+                std::process::exit(SUCCEEDED);
+            }
+            // Into the guard: the canary says whether it worked.
+            put(left);
+            let _ = call(__NR_recvmsg, &[right, at(&place), dont_wait]);
+            let _ = call(__NR_recvfrom, &receive);
+        }
+        done.store(true, Ordering::Relaxed);
+        if sent == 0 {
+            println!("nothing was ever sent");
+            std::process::exit(SUCCEEDED);
+        }
+    });
 }

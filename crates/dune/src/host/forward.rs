@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering;
 use dune_kvm::sys::{self, Errno, nr};
 
 use crate::arch;
-use crate::host::{clone, run};
+use crate::host::{clone, outputs, run};
 use crate::machine::Machine;
 use crate::signals::{
     AltStack, KernelAction, SIGNALS, SIGSET, SS_AUTODISARM, SS_DISABLE, SS_ONSTACK,
@@ -51,6 +51,18 @@ const fn special_calls() -> [u64; 8] {
 /// On the host side of the thread that owns `area`, which has just made the call.
 #[inline]
 pub(crate) unsafe fn system_call(area: *mut ThreadArea) -> isize {
+    // SAFETY: as in the caller.
+    let result = unsafe { execute(area) };
+    if crate::dirty::is_tracking() {
+        // SAFETY: the area is this thread's.
+        let this = unsafe { &*area };
+        outputs::note(this.number, &this.arguments, result);
+    }
+    result
+}
+
+#[inline(always)]
+unsafe fn execute(area: *mut ThreadArea) -> isize {
     // SAFETY: the area is this thread's.
     let this = unsafe { &mut *area };
     // The kernel looks at the lower half only.

@@ -7,5 +7,6 @@ pub(crate) mod base;
 pub(crate) mod clone;
 pub(crate) mod fault;
 pub(crate) mod forward;
+pub(crate) mod outputs;
 pub(crate) mod run;
 pub(crate) mod signals;

@@ -128,6 +128,14 @@ impl Tables {
 }
 
 impl Tables {
+    /// All entries of a table.
+    #[inline]
+    pub(crate) fn whole(&self, table: GuestPhys) -> Option<&'static [AtomicU64; ENTRIES]> {
+        let first = self.entry(table, 0)? as *const AtomicU64;
+        // SAFETY: as in `entry`: a table has 512 entries.
+        Some(unsafe { &*first.cast() })
+    }
+
     /// Zeroes a table that is linked nowhere yet.
     fn clear(self, table: GuestPhys) {
         let Some(first) = self.entry(table, 0) else {
@@ -215,6 +223,11 @@ impl Frames {
     #[must_use]
     pub fn in_use() -> u32 {
         Machine::get().map_or(0, |machine| machine.frames().pool.in_use())
+    }
+
+    /// How many there are to be had.
+    pub(crate) fn left() -> u32 {
+        (FRAMES as u32).saturating_sub(Self::in_use())
     }
 }
 

@@ -203,6 +203,8 @@ impl IdentityTables {
 
     /// Takes a window out of the tables. What it was split into stays, empty.
     pub(crate) fn hide(&self, host: u64) {
+        // Before its dirty bits are out of sight.
+        crate::dirty::window_is_lost();
         let entry = self.entry(host);
         let before = entry.load(Ordering::Acquire);
         if before & PRESENT != 0 && before & LEAF == 0 {

@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "../../crates/dune-sandbox/tests/invariants/mod.rs"]
+mod invariants;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| invariants::check_policy(bytes));
