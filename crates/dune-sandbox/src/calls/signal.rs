@@ -109,10 +109,9 @@ fn queue<const INFO: usize>(
         return Answer::Return(Err(Errno::ESRCH));
     }
     if info.is_fault_of_the_thread() {
-        // The kernel lets a thread do this to itself alone, by whatever id: what
-        // the guard does not do itself would reach the recorder as its own fault.
-        let is_self = ids.iter().all(|&id| id as u32 == pid || id as u32 == tid);
-        return if is_self {
+        // The kernel lets a thread do this to itself alone. What the guard does not
+        // do itself would reach the recorder as a fault of its own.
+        return if target as u32 == tid {
             queue_fault(guard, user, info)
         } else {
             Answer::Return(Err(Errno::EPERM))

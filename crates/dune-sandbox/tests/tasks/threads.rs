@@ -784,9 +784,9 @@ fn descriptor_race() {
         })
     };
     for _ in 0..20 {
-        // The guard has it read by a thread of its own.
-        let stat = std::fs::read("/proc/self/stat").expect("the process's state");
-        assert!(!stat.is_empty());
+        // The guard has it read by a thread of its own. The copies may have used
+        // up all numbers.
+        drop(std::fs::read("/proc/self/stat"));
         let barrier = Arc::new(Barrier::new(8));
         let threads: Vec<_> = (0..8)
             .map(|_| {
