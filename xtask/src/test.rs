@@ -36,7 +36,10 @@ const PROGRAMS: &[Tool] = &[
     tool("bzip2", "bzip2"),
     tool("awk", "mawk"),
     tool("perl", "perl-base"),
-    tool("python3", "python3-minimal"),
+    tool("python3", "python3"),
+    tool("make", "make"),
+    // For its library, which is read in a compartment.
+    tool("xmlwf", "expat"),
     tool("sqlite3", "sqlite3"),
     tool("strace", "strace"),
 ];
