@@ -28,14 +28,14 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use linux_raw_sys::general::{__NR_read, __NR_write};
+use linux_raw_sys::general::{__NR_poll, __NR_read, __NR_write};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::calls::memory::{Space, map_anonymous};
 use crate::calls::{forward_always, own, own_mut};
 use crate::host::Errno;
 use crate::program::{Memory, Program};
-use crate::range::{PAGE_SIZE, PageRange, UserRange};
+use crate::range::{PAGE_SIZE, PageRange, USER_TOP, UserRange};
 use crate::user::UserMemory;
 use crate::vma::{Areas, Attributes, Backing, Sharing};
 
@@ -205,7 +205,7 @@ fn without(range: PageRange, areas: &Areas) -> Vec<PageRange> {
 }
 
 /// Waits, in the parent, until the child is done, and takes over what it tells.
-/// `must_leave` is asked when a signal comes.
+/// `must_leave` is asked when a signal comes, and now and then.
 pub(crate) fn take_over(program: &Program, pipe: &OwnedFd, must_leave: impl Fn() -> bool) {
     loop {
         let mut header = Header {
@@ -242,11 +242,25 @@ pub(crate) fn take_over(program: &Program, pipe: &OwnedFd, must_leave: impl Fn()
                 // Another thread may have moved it meanwhile.
                 let mut memory = program.memory_mut();
                 let end = &mut memory.space.heap_end;
-                *end = header.start.max(*end);
+                if header.start < USER_TOP {
+                    *end = header.start.max(*end);
+                }
             }
             _ => return,
         }
     }
+}
+
+/// Waits until there is something to read, or the other end is closed. Returns
+/// now and then without: a thread that has blocked every signal, since one was
+/// noted, cannot be told that it must leave.
+fn is_readable(pipe: &OwnedFd) -> bool {
+    const POLLIN: u64 = 1;
+    const MILLISECONDS: u64 = 100;
+    // `struct pollfd`: the descriptor, what is asked, what holds.
+    let mut asked = pipe.as_raw_fd() as u64 | POLLIN << 32;
+    let args = [own_mut(&mut asked), 1, MILLISECONDS, 0, 0, 0];
+    forward_always(__NR_poll, args).is_ok_and(|count| count != 0)
 }
 
 fn read_all(
@@ -255,6 +269,12 @@ fn read_all(
     must_leave: &impl Fn() -> bool,
 ) -> Result<(), Errno> {
     while !bytes.is_empty() {
+        if !is_readable(pipe) {
+            if must_leave() {
+                return Err(Errno::EINTR);
+            }
+            continue;
+        }
         let len = bytes.len() as u64;
         let args = [pipe.as_raw_fd() as u64, own_mut(bytes), len, 0, 0, 0];
         match forward_always(__NR_read, args) {
