@@ -249,7 +249,7 @@ impl UserContext {
     ///
     /// # Errors
     /// [`SpaceError::NotEntered`] outside Dune mode.
-    #[inline]
+    #[inline(always)]
     pub fn run(&mut self, space: &AddressSpace) -> Result<Trap, SpaceError> {
         static NEVER: AtomicU8 = AtomicU8::new(0);
         self.run_unless(space, &NEVER)
@@ -261,7 +261,7 @@ impl UserContext {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    #[inline]
+    #[inline(always)]
     pub fn run_unless(
         &mut self,
         space: &AddressSpace,
@@ -350,7 +350,7 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(space: &AddressSpace) -> Self {
         const NO_FLUSH: u64 = 1 << 63;
         let pcid = space.pcid();
@@ -382,20 +382,20 @@ impl Loaded {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn cr3(&self) -> u64 {
         self.cr3
     }
 
     /// Bit 63 for the load of the tables from before, whose entries may be kept.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn keep(&self) -> u64 {
         self.keep
     }
 }
 
 impl Drop for Loaded {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         // SAFETY: in Dune mode the current area is this thread's.
         let area = unsafe { &*ThreadArea::current() };

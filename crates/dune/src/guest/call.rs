@@ -18,7 +18,7 @@ pub(crate) struct InterruptsOff {
 }
 
 impl InterruptsOff {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new() -> Self {
         let flags;
         // SAFETY: ring 0; the red zone is respected by the compiler.
@@ -28,14 +28,14 @@ impl InterruptsOff {
 }
 
 impl Drop for InterruptsOff {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         interrupts_as(self.flags);
     }
 }
 
 /// Turns interrupts on if the interrupted code had them on.
-#[inline]
+#[inline(always)]
 pub(crate) fn interrupts_as(rflags: u64) {
     const IF: u64 = 1 << 9;
     if rflags & IF != 0 {

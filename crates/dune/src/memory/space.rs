@@ -136,12 +136,12 @@ impl AddressSpace {
         SpaceTlb { pcid: self.pcid }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pcid(&self) -> u16 {
         self.pcid
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn root(&self) -> u64 {
         self.table.as_ref().map_or(0, |table| table.root().as_u64())
     }
@@ -301,7 +301,7 @@ impl AddressSpace {
     /// Everything that the closure and the runtime use (code, stacks, heap) must be mapped as
     /// in the process: the space must be one [`around_process`](Self::around_process), and
     /// the closure must not enter ring 3.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn with_loaded<T>(&self, body: impl FnOnce() -> T) -> Result<T, SpaceError> {
         if !crate::is_inside() {
             return Err(SpaceError::NotEntered);

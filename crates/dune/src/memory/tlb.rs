@@ -53,7 +53,7 @@ impl ValidPcids {
     }
 
     /// Sets a PCID's bit; whether it was set.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set(&self, pcid: u16) -> bool {
         let bit = 1 << (pcid % 64);
         self.0.get(usize::from(pcid / 64)).is_some_and(|word| {
@@ -101,7 +101,7 @@ impl Tlb {
 }
 
 impl FlushTlb for Tlb {
-    #[inline]
+    #[inline(always)]
     fn flush_page(&self, va: GuestVirt) {
         if flush_everywhere_if_shared() {
             return;
@@ -131,7 +131,7 @@ impl FlushTlb for Tlb {
 
 /// Flushes all vCPUs if there is more than this one, and what this one keeps of address
 /// spaces; `true` if nothing is left to do.
-#[inline]
+#[inline(always)]
 fn flush_everywhere_if_shared() -> bool {
     if !crate::is_inside() {
         // There is no guest to touch the flush page; parked vCPUs keep translations too.
