@@ -99,25 +99,7 @@ impl UserContext {
         };
         // Under a trap there is nobody who could make a window.
         machine.cover(inner as u64, layout.size() as u64)?;
-        let xsave = context.xsave();
-        // SAFETY: within the area.
-        unsafe {
-            xsave
-                .wrapping_add(XSTATE_MXCSR)
-                .cast::<u32>()
-                .write(DEFAULT_MXCSR)
-        };
-        // SAFETY: as above.
-        unsafe {
-            xsave
-                .wrapping_add(XSTATE_FCW)
-                .cast::<u16>()
-                .write(DEFAULT_FCW)
-        };
-        let frame = context.registers_mut();
-        frame.rip = rip;
-        frame.rsp = rsp;
-        frame.rflags = RFLAGS_FIXED | RFLAGS_IF;
+        context.reset(rip, rsp);
         Ok(context)
     }
 
