@@ -158,6 +158,10 @@ impl Guard {
     /// Runs the thread to its end, and the leader to the program's. `None` for
     /// any other thread.
     pub(crate) fn live(&mut self, user: &mut UserState) -> Option<Finish> {
+        let unseen = self.program.lets_calls_pass_unseen();
+        if let Err(error) = self.engine.answer_by_itself(unseen) {
+            self.engine_failed(error);
+        }
         loop {
             self.status = self.run_thread(user);
             self.die_of_robust_futexes();

@@ -70,6 +70,10 @@ impl Handlers {
         Ok(())
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(crate) fn find(&self, nr: u32) -> Option<Arc<Handler>> {
         let found = self.0.iter().find(|(handled, _)| *handled == nr);
         found.map(|(_, handler)| Arc::clone(handler))

@@ -56,6 +56,7 @@
 //! Ring 0 and the host side trust each other: code in Dune mode can do whatever the process
 //! could do before, to itself and to nobody else. What is protected is the process from ring 3.
 
+mod answers;
 mod arch;
 pub mod dirty;
 mod error;
@@ -74,6 +75,7 @@ mod thread;
 mod user;
 mod vdso;
 
+pub use answers::Answers;
 pub use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 pub use error::EnterError;
 pub use machine::{descriptors, extended_features, windows};

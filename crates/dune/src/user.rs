@@ -17,6 +17,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use dune_x86::descriptors::{RFLAGS_FIXED, RFLAGS_IF, RFLAGS_USER, USER_CS, USER_SS};
 use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 
+use crate::answers::Answers;
 use crate::arch::{self, VECTOR_NOTIFY, VECTOR_SYSCALL};
 use crate::guest::call::InterruptsOff;
 use crate::machine::Machine;
@@ -57,6 +58,8 @@ pub(crate) struct UserFrame {
     pub(crate) fs_base: u64,
     pub(crate) gs_base: u64,
     pub(crate) cr3: u64,
+    /// High alias of the table of calls that the stub answers, or 0.
+    pub(crate) answers: u64,
 }
 
 /// The registers of code in ring 3, general and extended.
@@ -222,6 +225,27 @@ impl UserContext {
         area[HEADER..HEADER + 8].copy_from_slice(&features.to_le_bytes());
         let mxcsr = word(area, XSTATE_MXCSR) & MXCSR_MASK;
         area[XSTATE_MXCSR..XSTATE_MXCSR + 4].copy_from_slice(&mxcsr.to_le_bytes());
+    }
+
+    /// Lets the entry stub answer the system calls that are in `answers`: some twenty
+    /// instructions each, no exit, and [`run`](Self::run) does not return for them. `None`, as
+    /// from the beginning, to be asked for every call. Kept by [`reset`](Self::reset).
+    ///
+    /// # Errors
+    /// [`SpaceError::NotEntered`] before the first entry into Dune mode; others if the table's
+    /// memory cannot be shown to the guest.
+    pub fn answer_at_entry(&mut self, answers: Option<&'static Answers>) -> Result<(), SpaceError> {
+        self.inner_mut().answers = match answers {
+            Some(table) => {
+                let machine = Machine::get().ok_or(SpaceError::NotEntered)?;
+                let address = core::ptr::from_ref(table) as u64;
+                // Under a trap there is nobody who could make a window.
+                machine.cover(address, size_of::<Answers>() as u64)?;
+                high(address)
+            }
+            None => 0,
+        };
+        Ok(())
     }
 
     /// Runs ring 3 in `space` until it traps, and returns why. No exit.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use dune::memory::{AddressSpace, Frames, Pages, PteFlags};
-use dune::{PageFaultError, Trap, UserContext, vector};
+use dune::{Answers, PageFaultError, Trap, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
 const CODE: u64 = 0x40_0000;
@@ -83,6 +83,24 @@ global_asm!(
     "  movq rax, xmm0",
     "  movq rbx, xmm15",
     "  syscall",
+    "snippet answers",
+    "  mov eax, 39",
+    "  syscall",
+    "  mov r12, rax",
+    "  mov eax, 186",
+    "  syscall",
+    "  mov r13, rax",
+    "  stc",
+    "  mov eax, 334",
+    "  syscall",
+    "  setc bl",
+    "  mov r14, rax",
+    "  mov eax, 40",
+    "  syscall",
+    "  mov rax, 0x100000027",
+    "  syscall",
+    "  mov rax, 512",
+    "  syscall",
     "snippet end",
     ".text",
 );
@@ -113,6 +131,7 @@ snippets!(
     rings_iopl,
     rings_gs,
     rings_xmm,
+    rings_answers,
     rings_end
 );
 
@@ -180,6 +199,73 @@ fn system_calls_of_ring_3_return_with_number_and_registers() {
         assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
         assert_eq!(context.registers().rax, 40);
     }
+}
+
+static ANSWERS: Answers = Answers::none()
+    .process_id(39)
+    .thread_id(186)
+    .refuse(334, 38);
+
+fn calls_with_an_answer_are_answered_at_the_entry_and_change_nothing_else() {
+    dune::enter().unwrap();
+    let ring3 = Ring3::new();
+    let mut context = Ring3::at(rings_answers);
+    context.answer_at_entry(Some(&ANSWERS)).unwrap();
+    context.set_gs_base(0x1234);
+    context.registers_mut().r8 = 0x77;
+    assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
+    let registers = context.registers().clone();
+    assert_eq!(registers.rax, 40, "a call without an answer comes back");
+    assert_eq!(registers.r12, u64::from(std::process::id()));
+    // SAFETY: takes no argument.
+    let thread = unsafe { libc::gettid() };
+    assert_eq!(registers.r13, thread as u64);
+    assert_eq!(registers.r14 as i64, -38);
+    assert_eq!(registers.rbx, 1, "the flags are kept");
+    assert_eq!((registers.rsp, registers.r8), (STACK_TOP, 0x77));
+    assert_eq!(context.gs_base(), 0x1234);
+    for number in [0x1_0000_0027, 512] {
+        assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
+        assert_eq!(context.registers().rax, number, "beyond the table");
+    }
+
+    let mut context = Ring3::at(rings_answers);
+    context.answer_at_entry(Some(&ANSWERS)).unwrap();
+    context.answer_at_entry(None).unwrap();
+    assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
+    assert_eq!(context.registers().rax, 39);
+}
+
+fn the_answer_to_a_thread_is_its_own_id() {
+    dune::enter().unwrap();
+    let thread = std::thread::spawn(|| {
+        dune::enter().unwrap();
+        let ring3 = Ring3::new();
+        let mut context = Ring3::at(rings_answers);
+        context.answer_at_entry(Some(&ANSWERS)).unwrap();
+        assert_eq!(context.run(&ring3.space).unwrap(), Trap::Syscall);
+        // SAFETY: takes no argument.
+        assert_eq!(context.registers().r13, unsafe { libc::gettid() } as u64);
+        assert_ne!(context.registers().r12, context.registers().r13);
+    });
+    thread.join().unwrap();
+}
+
+fn an_answer_does_not_return_beyond_the_lower_half() {
+    // SYSRET to an address that is not canonical faults in ring 0 on Intel's CPUs.
+    const LAST_PAGE: u64 = (1 << 47) - 4096;
+    dune::enter().unwrap();
+    let mut space = AddressSpace::empty().unwrap();
+    let code = Arc::new(Pages::new(1).unwrap());
+    // mov eax, 39; syscall
+    assert!(code.write(4096 - 7, &[0xb8, 39, 0, 0, 0, 0x0f, 0x05]));
+    space
+        .map(GuestVirt::new(LAST_PAGE), &code, PteFlags::RX)
+        .unwrap();
+    let mut context = UserContext::new(LAST_PAGE + 4096 - 7, STACK_TOP).unwrap();
+    context.answer_at_entry(Some(&ANSWERS)).unwrap();
+    assert_eq!(context.run(&space).unwrap(), Trap::Syscall);
+    assert_eq!(context.registers().rip, 1 << 47);
 }
 
 fn page_faults_of_ring_3_return_address_and_cause() {
@@ -602,6 +688,9 @@ fn memory_that_the_host_refuses_is_a_page_fault_of_ring_3() {
 dune_testing::tests! {
     ring0 memory_that_the_host_refuses_is_a_page_fault_of_ring_3,
     smoke system_calls_of_ring_3_return_with_number_and_registers,
+    smoke calls_with_an_answer_are_answered_at_the_entry_and_change_nothing_else,
+    ring0 the_answer_to_a_thread_is_its_own_id,
+    smoke an_answer_does_not_return_beyond_the_lower_half,
     ring0 page_faults_of_ring_3_return_address_and_cause,
     smoke privileged_instructions_of_ring_3_fault,
     ring0 ring_3_reaches_nothing_of_the_process,

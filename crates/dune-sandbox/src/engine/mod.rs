@@ -240,6 +240,18 @@ pub trait Engine {
     /// If the virtual CPU is of no more use.
     fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError>;
 
+    /// Whether the engine may give the answers that never change
+    /// ([`Call::never_changes`](crate::table::Call::never_changes)) by itself,
+    /// without a trap. An engine that cannot, traps.
+    ///
+    /// # Errors
+    ///
+    /// If the engine is of no more use.
+    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
+        let _ = may;
+        Ok(())
+    }
+
     /// Lets ring 3 reach the page of `addr` with the rights `access`, as the
     /// answer to a [`Trap::PageFault`] that the guard found permitted. The
     /// whole of `area`, which contains the page, is mapped in the host process

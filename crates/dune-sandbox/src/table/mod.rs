@@ -167,9 +167,34 @@ pub struct Call {
     pub restart: Restart,
 }
 
+/// An answer that is the same whenever the call is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Constant {
+    /// This error.
+    Refused(Errno),
+    /// The id of the process.
+    ProcessId,
+    /// The id of the thread.
+    ThreadId,
+}
+
+impl Call {
+    /// The answer to this call, if it does not depend on anything that the
+    /// program does: nobody who need not know of the call has to see it.
+    #[must_use]
+    pub const fn never_changes(&self) -> Option<Constant> {
+        match (self.nr, self.handling) {
+            (_, Handling::Refused(errno)) => Some(Constant::Refused(errno)),
+            (linux_raw_sys::general::__NR_getpid, _) => Some(Constant::ProcessId),
+            (linux_raw_sys::general::__NR_gettid, _) => Some(Constant::ThreadId),
+            _ => None,
+        }
+    }
+}
+
 /// All calls, in the order of their numbers.
 #[must_use]
-pub fn calls() -> &'static [Call] {
+pub const fn calls() -> &'static [Call] {
     rows::CALLS
 }
 

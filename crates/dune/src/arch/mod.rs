@@ -8,6 +8,7 @@ use dune_kvm::sys::nr;
 use dune_x86::descriptors::{KERNEL_CS, KERNEL_SS, RFLAGS_FIXED, RFLAGS_IF, RFLAGS_IOPL};
 use dune_x86::trap::{ERROR_CODE_VECTORS, TrapFrame};
 
+use crate::answers;
 use crate::thread::{TRAP_STACK, ThreadArea};
 use crate::user::UserFrame;
 
@@ -135,6 +136,9 @@ global_asm!(
     U_FS_BASE = const offset_of!(UserFrame, fs_base),
     U_GS_BASE = const offset_of!(UserFrame, gs_base),
     U_CR3 = const offset_of!(UserFrame, cr3),
+    U_ANSWERS = const offset_of!(UserFrame, answers),
+    ANSWERED_CALLS = const answers::CALLS,
+    THREAD_ID = const answers::THREAD_ID,
     TRAP_STACK_SIZE = const TRAP_STACK,
     ERROR_CODE_VECTORS = const ERROR_CODE_VECTORS,
     KERNEL_CS = const KERNEL_CS,
