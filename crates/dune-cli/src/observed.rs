@@ -1,5 +1,5 @@
-//! An engine that counts what passes through it, for the report at the end of
-//! `dune run`.
+//! An engine that keeps standard error for the report at the end of `dune run`,
+//! and counts what passes through it where that is to be reported.
 
 use std::fmt;
 use std::fs::File;
@@ -68,7 +68,8 @@ fn plural(count: u64, what: &str) -> String {
 /// hidden descriptor.
 pub(crate) struct Observed {
     inner: Box<dyn Engine>,
-    counts: Arc<Mutex<Counts>>,
+    /// None: nobody wants to know.
+    counts: Option<Arc<Mutex<Counts>>>,
     stderr: RawFd,
 }
 
@@ -78,7 +79,8 @@ pub(crate) struct Observer {
     stderr: File,
 }
 
-/// Wraps `inner` so that it can be reported on afterwards.
+/// Wraps `inner` so that it can be reported on afterwards. Without `counting`
+/// the counts stay zero, and no trap is slowed down.
 ///
 /// Standard error is duplicated, because programs close theirs at their end
 /// (to see whether all has been written), and it is the same descriptor.
@@ -86,7 +88,10 @@ pub(crate) struct Observer {
 /// # Errors
 ///
 /// If there is no descriptor left.
-pub(crate) fn observe(inner: Box<dyn Engine>) -> anyhow::Result<(Observed, Observer)> {
+pub(crate) fn observe(
+    inner: Box<dyn Engine>,
+    counting: bool,
+) -> anyhow::Result<(Observed, Observer)> {
     let stderr = io::stderr()
         .as_fd()
         .try_clone_to_owned()
@@ -95,7 +100,7 @@ pub(crate) fn observe(inner: Box<dyn Engine>) -> anyhow::Result<(Observed, Obser
     let counts = Arc::new(Mutex::new(Counts::default()));
     let engine = Observed {
         inner,
-        counts: Arc::clone(&counts),
+        counts: counting.then(|| Arc::clone(&counts)),
         stderr: stderr.as_raw_fd(),
     };
     Ok((
@@ -141,8 +146,15 @@ impl Observer {
 impl Engine for Observed {
     fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
         let trap = self.inner.run(user)?;
-        locked(&self.counts).count(&trap);
+        if let Some(counts) = &self.counts {
+            locked(counts).count(&trap);
+        }
         Ok(trap)
+    }
+
+    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
+        // What the engine answers passes by the counts.
+        self.inner.answer_by_itself(may && self.counts.is_none())
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
@@ -156,7 +168,7 @@ impl Engine for Observed {
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
         Ok(Box::new(ObservedSeed {
             inner: self.inner.seed()?,
-            counts: Arc::clone(&self.counts),
+            counts: self.counts.clone(),
             stderr: self.stderr,
         }))
     }
@@ -199,7 +211,7 @@ impl Engine for Observed {
 /// An engine to be, of another thread.
 struct ObservedSeed {
     inner: Box<dyn Seed>,
-    counts: Arc<Mutex<Counts>>,
+    counts: Option<Arc<Mutex<Counts>>>,
     stderr: RawFd,
 }
 

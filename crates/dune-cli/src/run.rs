@@ -178,7 +178,7 @@ fn here(
         Placement::OnHost => Box::new(OnHost::new()?),
         Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
     };
-    let (engine, mut observer) = observed::observe(engine)?;
+    let (engine, mut observer) = observed::observe(engine, args.stats || args.json)?;
     if args.policy.explain {
         command = command.explain_to(observer.another()?);
     }

@@ -81,6 +81,11 @@ impl Engine for MockEngine {
         Ok(trap)
     }
 
+    fn answer_by_itself(&mut self, _may: bool) -> Result<(), EngineError> {
+        // It traps at every call.
+        Ok(())
+    }
+
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
         self.note(Request::Admit(addr, area, access));
         Ok(())

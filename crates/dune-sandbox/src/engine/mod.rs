@@ -247,10 +247,7 @@ pub trait Engine {
     /// # Errors
     ///
     /// If the engine is of no more use.
-    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
-        let _ = may;
-        Ok(())
-    }
+    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError>;
 
     /// Lets ring 3 reach the page of `addr` with the rights `access`, as the
     /// answer to a [`Trap::PageFault`] that the guard found permitted. The
