@@ -48,6 +48,10 @@ const PEERS: &[Tool] = &[
     tool("bwrap", "bubblewrap"),
     tool("python3", "python3-minimal"),
     tool("cc", "gcc"),
+    tool("redis-benchmark", "redis-tools"),
+    tool("redis-server", "redis-server"),
+    tool("nginx", "nginx-light"),
+    tool("ab", "apache2-utils"),
 ];
 
 const fn tool(program: &'static str, package: &'static str) -> Tool {

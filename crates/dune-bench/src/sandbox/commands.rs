@@ -251,10 +251,10 @@ fn finished(contender: &Contender, program: &Path, arguments: &[&str]) -> Result
 }
 
 /// An empty folder, removed with what is in it when dropped.
-struct Folder(PathBuf);
+pub(super) struct Folder(pub(super) PathBuf);
 
 impl Folder {
-    fn new() -> Result<Self, String> {
+    pub(super) fn new() -> Result<Self, String> {
         let path = std::env::temp_dir().join(format!("dune-bench-{}", std::process::id()));
         std::fs::create_dir(&path).map_err(|error| format!("make {}: {error}", path.display()))?;
         Ok(Self(path))

@@ -5,6 +5,7 @@
 //!   contender    who runs the programs
 //!   operations   system calls, memory, threads, processes: `dune-operations`
 //!   commands     start-up, memory, and fixed work, as whole commands
+//!   servers      redis and nginx under load
 //!   aims         what Dune is held against
 //!   matrix       a row for each thing, a column for each contender
 //!   launch       a command, its time limit, its processes
@@ -17,6 +18,7 @@ mod contender;
 mod launch;
 mod matrix;
 mod operations;
+mod servers;
 pub(crate) mod tracer;
 
 use std::path::{Path, PathBuf};
@@ -95,6 +97,7 @@ pub(crate) fn run(choices: &Choices) -> anyhow::Result<Matrix> {
     let mut matrix = Matrix::new(machine, clock, contenders);
     operations::measure(&bench, &mut matrix);
     commands::measure(&bench, &mut matrix);
+    servers::measure(&bench, &mut matrix);
     aims::set(&mut matrix);
     Ok(matrix)
 }
