@@ -65,7 +65,7 @@ pub fn init_with(provider: Provider, is_stressed: bool) -> Result<(), GcError> {
         is_stressed,
         ..Parameters::default()
     };
-    let core = Core::new(parameters, provider.tracker()?).map_err(GcError::Reserve)?;
+    let core = Core::new(parameters, provider)?;
     install_handler(signal);
     let _ = HEAP.set(core);
     drop(making);

@@ -2,12 +2,13 @@
 #![expect(unsafe_code, reason = "clears memory that is about to be handed out")]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
+use crate::error::GcError;
 use crate::layout::{BLOCK, CELL_BYTES, PAGE, class_of};
 use crate::mark::MarkStack;
+use crate::provider::Provider;
 use crate::roots::Roots;
 use crate::space::{Lists, Space};
 use crate::stats::{Counters, Stats};
@@ -63,22 +64,28 @@ pub(crate) struct Core {
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
+    /// Bytes that were live after the last full collection.
+    pub(crate) live_when_full: AtomicUsize,
     /// Finalizers wait to be run.
     pub(crate) has_ready: AtomicBool,
 }
 
 impl Core {
-    pub(crate) fn new(parameters: Parameters, tracker: Box<dyn WriteTracker>) -> io::Result<Self> {
+    pub(crate) fn new(parameters: Parameters, provider: Provider) -> Result<Self, GcError> {
+        let space = Space::new(parameters.reservation).map_err(GcError::Reserve)?;
+        let tracker = provider.tracker(&space)?;
+        let stack = MarkStack::new(parameters.mark_stack_entries).map_err(GcError::Reserve)?;
         Ok(Self {
-            space: Space::new(parameters.reservation)?,
+            space,
             world: World::default(),
             tracker,
             roots: Mutex::new(Roots::default()),
             parameters,
             counters: Counters::default(),
-            collector: Mutex::new(MarkStack::new(parameters.mark_stack_entries)?),
+            collector: Mutex::new(stack),
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
+            live_when_full: AtomicUsize::new(0),
             has_ready: AtomicBool::new(false),
         })
     }

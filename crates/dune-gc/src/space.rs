@@ -342,11 +342,6 @@ impl Space {
         }
     }
 
-    /// Empties all lists of blocks with room.
-    pub(crate) fn forget_room(&self, lists: &mut Lists) {
-        lists.room = [[NONE; CLASSES]; KINDS];
-        lists.touched = NONE;
-    }
 }
 
 impl Lists {
@@ -355,6 +350,12 @@ impl Lists {
         word.fetch_or(1 << (number % 64), Ordering::Relaxed);
         self.free_blocks += 1;
         self.first_free = self.first_free.min(number);
+    }
+
+    /// Empties all lists of blocks with room, and that of touched ones.
+    pub(crate) fn forget(&mut self) {
+        self.room = [[NONE; CLASSES]; KINDS];
+        self.touched = NONE;
     }
 
     fn is_free(&self, number: u32) -> bool {
