@@ -24,6 +24,9 @@ impl Core {
             if !self.is_collection_due() {
             } else if self.tracker.is_tracking() && !self.is_full_due() {
                 self.minor_collection(&mut stack);
+            } else if self.tracker.is_tracking() && self.has_marker.load(Ordering::Relaxed) {
+                self.minor_collection(&mut stack);
+                self.cycle.ask();
             } else {
                 self.full_collection(&mut stack);
             }
@@ -40,7 +43,7 @@ impl Core {
         self.run_finalizers(thread);
     }
 
-    fn collector(&self) -> MutexGuard<'_, MarkStack> {
+    pub(crate) fn collector(&self) -> MutexGuard<'_, MarkStack> {
         self.collector
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -103,14 +106,14 @@ impl Core {
     }
 
     /// What must not be done while threads may be stopped within the allocator of libc.
-    fn before_stop(&self) {
+    pub(crate) fn before_stop(&self) {
         if self.parameters.stop_signal.is_some() {
             self.roots().find_images();
         }
     }
 
     /// The free cells of every thread's runs count as live: see [`Buffer`](crate::thread::Buffer).
-    fn keep_buffers(&self, stopped: &Stopped<'_>, set: usize) {
+    pub(crate) fn keep_buffers(&self, stopped: &Stopped<'_>, set: usize) {
         for buffer in stopped.threads().flat_map(Thread::buffers) {
             let number = buffer.block.load(Ordering::Relaxed);
             let at = buffer.at.load(Ordering::Relaxed);
@@ -127,7 +130,7 @@ impl Core {
         }
     }
 
-    fn mark_roots(&self, stopped: &Stopped<'_>, marker: &mut Marker<'_>) {
+    pub(crate) fn mark_roots(&self, stopped: &Stopped<'_>, marker: &mut Marker<'_>) {
         if self.parameters.stop_signal.is_some() {
             for thread in stopped.threads() {
                 let start = thread.stack_pointer.load(Ordering::Relaxed);
@@ -146,14 +149,14 @@ impl Core {
         }
     }
 
-    fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
+    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
         if self.roots().find_ready(self, marker) {
             self.has_ready.store(true, Ordering::Release);
         }
     }
 
     /// Makes lists of what the current bitmaps leave free in all blocks.
-    fn reclaim_all(&self) {
+    pub(crate) fn reclaim_all(&self) {
         let mut lists = self.space.lists();
         lists.forget();
         let mut live = 0;
@@ -237,7 +240,7 @@ impl Core {
         self.allocated.store(0, Ordering::Relaxed);
         let least = self.parameters.least_allowance;
         let allowance = if self.tracker.is_tracking() {
-            (live / 8).clamp(least, least.max(MOST_YOUNG))
+            (live / 16).clamp(least, least.max(MOST_YOUNG))
         } else {
             (live / 4 * 3).max(least)
         };

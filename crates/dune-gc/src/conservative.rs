@@ -14,6 +14,7 @@ use core::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::block::{Kind, NONE};
+use crate::cycle::MarkerThread;
 use crate::error::GcError;
 use crate::heap::{Core, Parameters, fatal};
 use crate::images;
@@ -22,7 +23,7 @@ use crate::provider::Provider;
 use crate::stats::Stats;
 use crate::thread::{SAFE, Thread};
 
-static HEAP: OnceLock<Core> = OnceLock::new();
+static HEAP: OnceLock<Arc<Core>> = OnceLock::new();
 /// So that two threads do not both make it.
 static MAKING: Mutex<()> = Mutex::new(());
 
@@ -65,8 +66,13 @@ pub fn init_with(provider: Provider, is_stressed: bool) -> Result<(), GcError> {
         is_stressed,
         ..Parameters::default()
     };
-    let core = Core::new(parameters, provider)?;
+    let core = Arc::new(Core::new(parameters, provider)?);
     install_handler(signal);
+    if core.tracker.is_tracking() {
+        // It lives as long as the heap, which is for ever. Without it, full collections stop
+        // the world.
+        mem::forget(MarkerThread::start(&core));
+    }
     let _ = HEAP.set(core);
     drop(making);
     register_thread()

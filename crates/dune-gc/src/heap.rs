@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
+use crate::cycle::Cycle;
 use crate::error::GcError;
 use crate::layout::{BLOCK, CELL_BYTES, PAGE, class_of};
 use crate::mark::MarkStack;
@@ -42,7 +43,7 @@ impl Default for Parameters {
         Self {
             reservation: RESERVATION,
             mark_stack_entries: MARK_STACK_ENTRIES,
-            least_allowance: 8 << 20,
+            least_allowance: 4 << 20,
             is_stressed: false,
             stop_signal: None,
         }
@@ -66,6 +67,9 @@ pub(crate) struct Core {
     pub(crate) allowance: AtomicUsize,
     /// Bytes that were live after the last full collection.
     pub(crate) live_when_full: AtomicUsize,
+    pub(crate) cycle: Cycle,
+    /// Somebody runs cycles.
+    pub(crate) has_marker: AtomicBool,
     /// Finalizers wait to be run.
     pub(crate) has_ready: AtomicBool,
 }
@@ -86,6 +90,8 @@ impl Core {
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
             live_when_full: AtomicUsize::new(0),
+            cycle: Cycle::default(),
+            has_marker: AtomicBool::new(false),
             has_ready: AtomicBool::new(false),
         })
     }
@@ -124,7 +130,14 @@ impl Core {
         self.critically(thread, || self.try_allocate(thread, kind, bytes))
     }
 
+    /// Whether a thread should collect, or wait for the collection that runs: so much may be
+    /// allocated beside one as was live when it began.
     pub(crate) fn is_collection_due(&self) -> bool {
+        if self.cycle.is_running() {
+            let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
+            let most = live.max(self.parameters.least_allowance * 8);
+            return self.allocated.load(Ordering::Relaxed) >= most;
+        }
         self.parameters.is_stressed
             || self.allocated.load(Ordering::Relaxed) >= self.allowance.load(Ordering::Relaxed)
     }

@@ -3,6 +3,7 @@
 mod block;
 mod collect;
 pub mod conservative;
+mod cycle;
 mod error;
 mod heap;
 mod images;
@@ -11,6 +12,7 @@ mod mark;
 mod memory;
 mod provider;
 mod roots;
+mod signals;
 mod space;
 mod stats;
 mod thread;
