@@ -173,11 +173,6 @@ impl Bitmap<'_> {
         old & bit == 0
     }
 
-    pub(crate) fn clear(self, cell: u32) {
-        let word = self.word(cell);
-        word.store(word.load(Relaxed) & !(1 << (cell % 64)), Relaxed);
-    }
-
     pub(crate) fn clear_all(self) {
         for word in self.0 {
             word.store(0, Relaxed);
@@ -241,7 +236,7 @@ mod tests {
         assert_eq!(bits.next_set(131, 4096), 4096);
         assert_eq!(bits.next_clear(0, 50), 50);
         assert_eq!(bits.count(4096), 101);
-        bits.clear(5);
-        assert_eq!(bits.next_clear(0, 4096), 5);
+        bits.clear_all();
+        assert_eq!(bits.next_clear(0, 4096), 0);
     }
 }

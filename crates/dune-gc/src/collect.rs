@@ -9,6 +9,7 @@ use crate::block::{Kind, NONE};
 use crate::heap::Core;
 use crate::layout::BLOCK;
 use crate::mark::{MarkStack, Marker};
+use crate::roots::Run;
 use crate::space::Lists;
 use crate::thread::Thread;
 use crate::world::Stopped;
@@ -31,7 +32,6 @@ impl Core {
                 self.full_collection(&mut stack);
             }
         });
-        self.run_finalizers(thread);
     }
 
     /// Finds everything that is unreachable now.
@@ -40,7 +40,6 @@ impl Core {
             let mut stack = self.collector();
             self.full_collection(&mut stack);
         });
-        self.run_finalizers(thread);
     }
 
     pub(crate) fn collector(&self) -> MutexGuard<'_, MarkStack> {
@@ -49,15 +48,9 @@ impl Core {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs what waits, outside of every lock, in the thread that noticed.
-    fn run_finalizers(&self, thread: &Thread) {
-        if !self.has_ready.swap(false, Ordering::Acquire) {
-            return;
-        }
-        let ready = self.critically(thread, || self.roots().take_ready());
-        for finalizer in ready {
-            (finalizer.run)(finalizer.object);
-        }
+    /// The next finalizer to run, outside of every lock.
+    pub(crate) fn take_ready(&self) -> Option<(usize, Run)> {
+        self.roots().take_ready()
     }
 
     /// Stops the world, marks everything that the roots lead to, and frees the rest.
@@ -97,12 +90,16 @@ impl Core {
         marker.drain();
         self.finalize_unreachable(&mut marker);
         let pages = marker.pages_scanned;
-        self.counters.pages_scanned.fetch_add(pages, Ordering::Relaxed);
+        self.counters
+            .pages_scanned
+            .fetch_add(pages, Ordering::Relaxed);
         self.reclaim_touched();
         drop(stopped);
         self.counters.paused(begin.elapsed());
         self.counters.collections.fetch_add(1, Ordering::Relaxed);
-        self.counters.minor_collections.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .minor_collections
+            .fetch_add(1, Ordering::Relaxed);
     }
 
     /// What must not be done while threads may be stopped within the allocator of libc.
@@ -143,6 +140,7 @@ impl Core {
             }
         }
         let roots = self.roots();
+        roots.mark(marker);
         for (start, end) in roots.ranges.iter().chain(&roots.images) {
             // SAFETY: by the word of whoever added the range.
             unsafe { marker.scan(*start, *end) };
@@ -150,7 +148,7 @@ impl Core {
     }
 
     pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
-        if self.roots().find_ready(self, marker) {
+        if self.roots().find_unreachable(self, marker) {
             self.has_ready.store(true, Ordering::Release);
         }
     }

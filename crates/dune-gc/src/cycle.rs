@@ -178,7 +178,9 @@ impl Core {
         marker.drain();
         self.finalize_unreachable(&mut marker);
         let pages = marker.pages_scanned;
-        self.counters.pages_scanned.fetch_add(pages, Ordering::Relaxed);
+        self.counters
+            .pages_scanned
+            .fetch_add(pages, Ordering::Relaxed);
         self.space.exchange_bitmaps();
         self.reclaim_all();
         self.cycle.is_running.store(false, Ordering::Relaxed);
@@ -211,4 +213,3 @@ impl Core {
         }
     }
 }
-

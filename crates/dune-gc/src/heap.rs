@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "clears memory that is about to be handed out")]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
 use crate::cycle::Cycle;
@@ -114,6 +114,35 @@ impl Core {
             return Some(address);
         }
         self.allocate_slowly(thread, kind, bytes)
+    }
+
+    /// As [`allocate`](Self::allocate), without ever collecting.
+    #[inline]
+    pub(crate) fn allocate_beside(
+        &self,
+        thread: &Thread,
+        kind: Kind,
+        bytes: usize,
+    ) -> Option<usize> {
+        if let Some(class) = class_of(bytes)
+            && let Some(address) = thread.buffers[kind.index()][class].take()
+        {
+            return Some(address);
+        }
+        self.critically(thread, || self.try_allocate(thread, kind, bytes))
+    }
+
+    /// The thread allocates no more.
+    pub(crate) fn give_back_buffers(&self, thread: &Thread) {
+        self.critically(thread, || {
+            for buffer in thread.buffers() {
+                let number = buffer.block.swap(NONE, Ordering::Relaxed);
+                if number != NONE {
+                    (self.space.block(number).owned).store(0, Ordering::Release);
+                }
+                buffer.end.store(0, Ordering::Relaxed);
+            }
+        });
     }
 
     #[cold]
@@ -236,6 +265,16 @@ impl Core {
     }
 }
 
+impl Drop for Core {
+    fn drop(&mut self) {
+        let values = self.roots().take_droppable();
+        for (object, drop) in values {
+            // SAFETY: nobody can reach the object any more, and each is in the lists once.
+            unsafe { drop(object) };
+        }
+    }
+}
+
 impl Block {
     pub(crate) fn is_pristine(&self) -> bool {
         self.pristine.load(Ordering::Relaxed) != 0
@@ -261,6 +300,3 @@ pub(crate) fn fatal(reason: &str) -> ! {
     eprintln!("dune-gc: {reason}");
     std::process::abort()
 }
-
-/// Shared by the threads that use the heap.
-pub(crate) type Shared = Arc<Core>;

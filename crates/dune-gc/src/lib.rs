@@ -10,6 +10,7 @@ mod images;
 mod layout;
 mod mark;
 mod memory;
+mod precise;
 mod provider;
 mod roots;
 mod signals;
@@ -20,6 +21,13 @@ mod track;
 mod typed;
 mod world;
 
+// The derive macro names the crate by its name.
+extern crate self as dune_gc;
+
+pub use dune_gc_derive::Trace;
 pub use error::GcError;
+pub use precise::{
+    Config, Gc, GcArray, GcCell, Heap, Mutator, NoPointers, Root, Trace, Tracer, Weak,
+};
 pub use provider::{Provider, UnknownProvider};
 pub use stats::Stats;

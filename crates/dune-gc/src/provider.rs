@@ -42,7 +42,9 @@ impl Provider {
             }
             Self::Dune => DirtyBits::new().map(|bits| Box::new(bits) as _),
             Self::Auto => {
-                return Self::Dune.tracker(space).or_else(|_| Self::Mprotect.tracker(space));
+                return Self::Dune
+                    .tracker(space)
+                    .or_else(|_| Self::Mprotect.tracker(space));
             }
         };
         result.map_err(|reason| GcError::Provider {

@@ -29,8 +29,8 @@ impl DirtyBits {
 impl WriteTracker for DirtyBits {
     fn cover(&self, start: usize, end: usize) -> Result<(), String> {
         let first = GuestVirt::new_truncate(start as u64);
-        let range = VirtRange::try_new(first, (end - start) as u64)
-            .map_err(|error| error.to_string())?;
+        let range =
+            VirtRange::try_new(first, (end - start) as u64).map_err(|error| error.to_string())?;
         let tracker = Tracker::start(range).map_err(|error| error.to_string())?;
         let set = PageSet::new(tracker.range(), tracker.granularity());
         let mut segments = self.segments.lock().unwrap_or_else(PoisonError::into_inner);

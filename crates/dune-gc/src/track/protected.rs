@@ -85,7 +85,10 @@ impl Pages {
 
     /// First address and length of a run of pages.
     fn span(&self, pages: &Range<usize>) -> (usize, usize) {
-        (self.start + (pages.start << PAGE_SHIFT), pages.len() << PAGE_SHIFT)
+        (
+            self.start + (pages.start << PAGE_SHIFT),
+            pages.len() << PAGE_SHIFT,
+        )
     }
 }
 
@@ -157,9 +160,10 @@ impl<R: Rights> WriteTracker for Protected<R> {
 
     fn will_write(&self, address: usize, bytes: usize) {
         let pages = self.0.pages();
-        let (Some(first), Some(last)) =
-            (pages.page_of(address), pages.page_of(address + bytes.max(1) - 1))
-        else {
+        let (Some(first), Some(last)) = (
+            pages.page_of(address),
+            pages.page_of(address + bytes.max(1) - 1),
+        ) else {
             return;
         };
         if (first..=last).all(|page| !pages.is_closed(page)) {

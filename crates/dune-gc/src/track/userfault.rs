@@ -51,9 +51,12 @@ impl Userfault {
                  from 5.11 on, and no seccomp filter against it"
             )
         })?;
-        request(&file, UFFDIO_API, &mut [UFFD_API, FEATURE_PAGEFAULT_FLAG_WP, 0]).map_err(
-            |error| format!("this kernel's userfaultfd has no write protection ({error})"),
-        )?;
+        request(
+            &file,
+            UFFDIO_API,
+            &mut [UFFD_API, FEATURE_PAGEFAULT_FLAG_WP, 0],
+        )
+        .map_err(|error| format!("this kernel's userfaultfd has no write protection ({error})"))?;
         // SAFETY: opens a descriptor.
         let end = owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })
             .map_err(|error| error.to_string())?;
@@ -101,7 +104,10 @@ fn resolve(inner: &Inner, end: &File) {
             return;
         }
         let mut message = [0; MESSAGE];
-        while (&inner.file).read(&mut message).is_ok_and(|read| read == MESSAGE) {
+        while (&inner.file)
+            .read(&mut message)
+            .is_ok_and(|read| read == MESSAGE)
+        {
             let [event, ..] = message;
             let address = message.get(ADDRESS).and_then(|bytes| bytes.try_into().ok());
             let (EVENT_PAGEFAULT, Some(address)) = (event, address) else {
