@@ -27,6 +27,14 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum)]
     place: Option<Place>,
 
+    /// Memory of the lab.
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    memory: u32,
+
+    /// A kernel's image for the lab, for what Debian's own has not.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+
     /// More arguments for the benchmark.
     #[arg(last = true)]
     more: Vec<String>,
@@ -140,7 +148,7 @@ fn suite(program: &Path, name: &str, args: &BenchArgs, results: &Path) -> Result
         }
         let json = results.join(file);
         let succeeded = match place {
-            Place::Lab => in_lab(program, name, &args.more, &json)?,
+            Place::Lab => in_lab(program, name, args, &json)?,
             Place::Native => native(program, name, &args.more, &json)?,
         };
         if !succeeded {
@@ -151,11 +159,12 @@ fn suite(program: &Path, name: &str, args: &BenchArgs, results: &Path) -> Result
     Ok(all)
 }
 
-fn in_lab(program: &Path, name: &str, more: &[String], json: &Path) -> Result<bool> {
+fn in_lab(program: &Path, name: &str, args: &BenchArgs, json: &Path) -> Result<bool> {
     println!("\n== {name} in the lab, instructions counted ==");
     let mut session = Session::start(&Config {
         icount: true,
-        memory_mib: 2048,
+        memory_mib: args.memory,
+        kernel: args.kernel.clone(),
         shares: json.parent().map(PathBuf::from).into_iter().collect(),
         ..Config::default()
     })?;
@@ -163,7 +172,7 @@ fn in_lab(program: &Path, name: &str, more: &[String], json: &Path) -> Result<bo
         .arg(name)
         .arg("--json")
         .arg(json)
-        .args(more)
+        .args(&args.more)
         .timeout(Some(LAB_PATIENCE));
     let outcome = session.run(
         &command,

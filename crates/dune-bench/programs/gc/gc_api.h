@@ -25,6 +25,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* The time-stamp counter: an instruction a tick where the emulator counts them. */
 static inline uint64_t ticks(void) {
@@ -34,8 +35,8 @@ static inline uint64_t ticks(void) {
 
 struct gc_figures {
     uint64_t collections;
-    uint64_t longest_pause; /* ticks with the world stopped, by the collector's own account */
-    uint64_t total_pause;
+    uint64_t longest_pause_ns; /* with the world stopped, by the collector's own account */
+    uint64_t total_pause_ns;
     uint64_t longest_allocation; /* ticks; 0 without -DTIMED */
     uint64_t heap_bytes;
 };
@@ -65,11 +66,17 @@ static inline const char *gc_mode(const char *contender, const char *prefix) {
 
 static uint64_t gc_stopped_at, gc_longest_stop, gc_all_stops;
 
+static uint64_t gc_nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 static void gc_on_event(GC_EventType event) {
     if (event == GC_EVENT_PRE_STOP_WORLD) {
-        gc_stopped_at = ticks();
+        gc_stopped_at = gc_nanoseconds();
     } else if (event == GC_EVENT_POST_START_WORLD) {
-        uint64_t took = ticks() - gc_stopped_at;
+        uint64_t took = gc_nanoseconds() - gc_stopped_at;
         gc_all_stops += took;
         if (took > gc_longest_stop)
             gc_longest_stop = took;
@@ -98,8 +105,8 @@ static inline void gc_begin(const char *contender) {
 
 static inline void gc_end(struct gc_figures *figures) {
     figures->collections = GC_get_gc_no();
-    figures->longest_pause = gc_longest_stop;
-    figures->total_pause = gc_all_stops;
+    figures->longest_pause_ns = gc_longest_stop;
+    figures->total_pause_ns = gc_all_stops;
     figures->longest_allocation = gc_longest_allocation;
     figures->heap_bytes = GC_get_heap_size();
 }
@@ -124,8 +131,8 @@ static inline void gc_end(struct gc_figures *figures) {
     struct dune_gc_stats stats;
     dune_gc_get_stats(&stats);
     figures->collections = stats.collections;
-    figures->longest_pause = stats.longest_pause_ticks;
-    figures->total_pause = stats.total_pause_ticks;
+    figures->longest_pause_ns = stats.pause_longest_ns;
+    figures->total_pause_ns = stats.pause_total_ns;
     figures->longest_allocation = gc_longest_allocation;
     figures->heap_bytes = stats.heap_bytes;
 }

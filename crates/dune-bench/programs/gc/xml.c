@@ -11,7 +11,6 @@
  *
  *   xml CONTENDER DOCUMENT
  */
-#define _GNU_SOURCE /* memmem */
 #include "harness.h"
 
 struct attribute {

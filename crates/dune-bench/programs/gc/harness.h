@@ -7,6 +7,10 @@
 #ifndef HARNESS_H
 #define HARNESS_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* memmem, clock_gettime */
+#endif
+
 #include "gc_api.h"
 
 #include <inttypes.h>
@@ -79,10 +83,10 @@ static inline void run_end(const struct run *run, const char *more) {
     gc_end(&figures);
     printf("{\"program\":\"%s\",\"contender\":\"%s\",\"percent\":%" PRIu64
            ",\"checksum\":\"%016" PRIx64 "\",\"ticks\":%" PRIu64 ",\"collections\":%" PRIu64
-           ",\"longest_pause\":%" PRIu64 ",\"total_pause\":%" PRIu64
+           ",\"longest_pause_ns\":%" PRIu64 ",\"total_pause_ns\":%" PRIu64
            ",\"longest_allocation\":%" PRIu64 ",\"heap_bytes\":%" PRIu64 "%s}\n",
            run->program, run->contender, run->percent, run->checksum, took,
-           figures.collections, figures.longest_pause, figures.total_pause,
+           figures.collections, figures.longest_pause_ns, figures.total_pause_ns,
            figures.longest_allocation, figures.heap_bytes, more);
 }
 
