@@ -4,6 +4,8 @@
 //! `cargo xtask bench all` runs every one and writes the report; `cargo xtask
 //! bench report` writes it from the figures that are there.
 
+mod gc_programs;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -88,6 +90,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     for name in &names {
         if name == "sandbox" {
             install_peers();
+        }
+        if name == "memory" {
+            gc_programs::prepare()?;
         }
         if !suite(&program, name, args, &results)? {
             code = ExitCode::FAILURE;
