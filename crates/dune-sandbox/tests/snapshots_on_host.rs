@@ -1,5 +1,9 @@
 //! Snapshots of programs, with the engine on host.
 #![expect(unsafe_code, reason = "the programs spoil their own memory")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "what the programs do to themselves is all of one kind"
+)]
 
 mod snapshots;
 

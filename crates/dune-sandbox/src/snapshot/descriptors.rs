@@ -1,6 +1,8 @@
 //! The descriptors of a snapshot: each is kept aside as a duplicate, which
 //! shares everything with it but its number.
 
+#![expect(unsafe_code, reason = "a descriptor that was made a moment ago")]
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
@@ -59,13 +61,11 @@ pub(crate) fn keep(program: &Program, fd: RawFd) -> Result<RawFd, Errno> {
 
 /// Moves a descriptor that nobody knows yet among the guard's.
 pub(crate) fn into_high(fd: RawFd) -> Result<RawFd, Errno> {
-    // SAFETY of the number: made by the caller, and nobody else's.
     let owned = own(fd);
     let moved = move_fd_high(owned).map_err(|error| Errno::of(&error))?;
     Ok(moved.into_raw_fd())
 }
 
-#[expect(unsafe_code, reason = "a descriptor that was made a moment ago")]
 fn own(fd: RawFd) -> OwnedFd {
     // SAFETY: the callers have just made it, and nobody knows it.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -114,13 +114,6 @@ impl Descriptors {
         for kept in self.kept.into_values() {
             program.give_back(kept.copy, host::close);
         }
-    }
-
-    /// Each number that was open, with the duplicate that is kept of it and its
-    /// file's offset.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (RawFd, RawFd, Option<u64>)> + '_ {
-        let all = self.kept.iter();
-        all.map(|(&fd, kept)| (fd, kept.copy, kept.offset))
     }
 
     /// Gives the program the descriptors it had. Costs a host call for each

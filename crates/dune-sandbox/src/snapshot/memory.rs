@@ -127,11 +127,6 @@ impl Layer {
         }
     }
 
-    /// What was mapped.
-    pub(crate) fn areas(&self) -> &Areas {
-        &self.areas
-    }
-
     /// Saves the pages of `range` that are the snapshot's, before somebody
     /// writes to them.
     pub(crate) fn note(&mut self, now: &Areas, pid: u32, range: PageRange) {

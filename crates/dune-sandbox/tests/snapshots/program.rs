@@ -372,7 +372,7 @@ fn threads() -> ! {
         // SAFETY: a crash is what is wanted.
         _ => unsafe { std::ptr::with_exposed_provenance_mut::<u8>(8).write_volatile(1) },
     });
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         // SAFETY: the thread alone.
         unsafe { libc::syscall(libc::SYS_exit, 0) };
     }

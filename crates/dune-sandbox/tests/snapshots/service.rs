@@ -105,10 +105,11 @@ impl Shadow {
             let readable = area.attributes.effective_access().contains(Access::READ);
             for page in (area.range.start()..area.range.end()).step_by(4096) {
                 let mut bytes = vec![0; 4096];
-                if readable && program.read(page, &mut bytes).is_ok() {
-                    if bytes.iter().any(|&byte| byte != 0) {
-                        pages.insert(page, bytes);
-                    }
+                if readable
+                    && program.read(page, &mut bytes).is_ok()
+                    && bytes.iter().any(|&byte| byte != 0)
+                {
+                    pages.insert(page, bytes);
                 }
             }
         }
