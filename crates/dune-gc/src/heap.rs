@@ -1,0 +1,246 @@
+//! The heap: allocation, and when to collect.
+#![expect(unsafe_code, reason = "clears memory that is about to be handed out")]
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::block::{Block, Kind, NONE};
+use crate::layout::{BLOCK, CELL_BYTES, PAGE, class_of};
+use crate::mark::MarkStack;
+use crate::roots::Roots;
+use crate::space::{Lists, Space};
+use crate::stats::{Counters, Stats};
+use crate::thread::{Buffer, Thread};
+use crate::track::WriteTracker;
+use crate::world::World;
+
+/// Addresses that a heap reserves where nothing else is said.
+const RESERVATION: usize = 64 << 30;
+/// Objects that can wait to be looked at; what does not fit is found again by a search.
+const MARK_STACK_ENTRIES: usize = 16 << 20;
+/// Bytes that are cleared at once: below the length from which libc's `memset` uses
+/// `REP STOSB`, whose start costs more than so short a run.
+const CLEAR_PIECE: usize = 1024;
+
+/// What a heap is made of, apart from the write tracker.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Parameters {
+    pub(crate) reservation: usize,
+    pub(crate) mark_stack_entries: usize,
+    /// Bytes allocated between collections, at least.
+    pub(crate) least_allowance: usize,
+    /// Collects at every allocation that needs the heap's lock.
+    pub(crate) is_stressed: bool,
+    /// Sent to threads that are to stop.
+    pub(crate) stop_signal: Option<i32>,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            reservation: RESERVATION,
+            mark_stack_entries: MARK_STACK_ENTRIES,
+            least_allowance: 8 << 20,
+            is_stressed: false,
+            stop_signal: None,
+        }
+    }
+}
+
+/// The heap below both interfaces.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) space: Space,
+    pub(crate) world: World,
+    pub(crate) tracker: Box<dyn WriteTracker>,
+    pub(crate) roots: Mutex<Roots>,
+    pub(crate) parameters: Parameters,
+    pub(crate) counters: Counters,
+    /// Held by whoever collects.
+    pub(crate) collector: Mutex<MarkStack>,
+    /// Bytes handed out to threads since the last collection.
+    pub(crate) allocated: AtomicUsize,
+    /// How many of them make a collection due.
+    pub(crate) allowance: AtomicUsize,
+    /// Finalizers wait to be run.
+    pub(crate) has_ready: AtomicBool,
+}
+
+impl Core {
+    pub(crate) fn new(parameters: Parameters, tracker: Box<dyn WriteTracker>) -> io::Result<Self> {
+        Ok(Self {
+            space: Space::new(parameters.reservation)?,
+            world: World::default(),
+            tracker,
+            roots: Mutex::new(Roots::default()),
+            parameters,
+            counters: Counters::default(),
+            collector: Mutex::new(MarkStack::new(parameters.mark_stack_entries)?),
+            allocated: AtomicUsize::new(0),
+            allowance: AtomicUsize::new(parameters.least_allowance),
+            has_ready: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn roots(&self) -> MutexGuard<'_, Roots> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.counters.read(self.tracker.traps())
+    }
+
+    /// Memory for an object, zero. The calling thread is `thread`, RUNNING. `None` where
+    /// there is no more memory.
+    #[inline]
+    pub(crate) fn allocate(&self, thread: &Thread, kind: Kind, bytes: usize) -> Option<usize> {
+        if let Some(class) = class_of(bytes)
+            && let Some(address) = thread.buffers[kind.index()][class].take()
+        {
+            return Some(address);
+        }
+        self.allocate_slowly(thread, kind, bytes)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn allocate_slowly(&self, thread: &Thread, kind: Kind, bytes: usize) -> Option<usize> {
+        if self.is_collection_due() {
+            self.collect_when_due(thread);
+        }
+        let first = self.critically(thread, || self.try_allocate(thread, kind, bytes));
+        if first.is_some() {
+            return first;
+        }
+        self.collect_fully(thread);
+        self.critically(thread, || self.try_allocate(thread, kind, bytes))
+    }
+
+    pub(crate) fn is_collection_due(&self) -> bool {
+        self.parameters.is_stressed
+            || self.allocated.load(Ordering::Relaxed) >= self.allowance.load(Ordering::Relaxed)
+    }
+
+    /// The thread is not stopped by a signal while `body` runs, which does not wait for a
+    /// collection.
+    pub(crate) fn critically<R>(&self, thread: &Thread, body: impl FnOnce() -> R) -> R {
+        let outermost = !thread.is_critical.swap(true, Ordering::SeqCst);
+        let result = body();
+        if outermost {
+            thread.is_critical.store(false, Ordering::SeqCst);
+            if self.parameters.stop_signal.is_some() {
+                self.world.poll(thread);
+            }
+        }
+        result
+    }
+
+    fn try_allocate(&self, thread: &Thread, kind: Kind, bytes: usize) -> Option<usize> {
+        let Some(class) = class_of(bytes) else {
+            return self.allocate_large(kind, bytes);
+        };
+        let buffer = thread.buffers.get(kind.index())?.get(class)?;
+        loop {
+            if let Some(address) = self.next_run(buffer, class) {
+                return Some(address);
+            }
+            let number = self.with_growth(1, |lists| self.space.take_small(lists, kind, class))?;
+            buffer.block.store(number, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes the next run of free cells of the buffer's block, and the first cell of it.
+    fn next_run(&self, buffer: &Buffer, class: usize) -> Option<usize> {
+        let number = buffer.block.load(Ordering::Relaxed);
+        if number == NONE {
+            return None;
+        }
+        let block = self.space.block(number);
+        let cells = block.cells.load(Ordering::Relaxed);
+        let bytes = CELL_BYTES[class];
+        let bitmap = self.space.bitmap(self.space.current(), number);
+        let first = bitmap.next_clear(block.cursor.load(Ordering::Relaxed), cells);
+        if first == cells {
+            // It is full; the next collection says whether it stays so.
+            block.cursor.store(cells, Ordering::Release);
+            block.owned.store(0, Ordering::Relaxed);
+            buffer.block.store(NONE, Ordering::Relaxed);
+            return None;
+        }
+        let most = (PAGE as u32 / bytes).max(1);
+        let end = bitmap.next_set(first, cells.min(first + most));
+        let address = self.space.address_of(number) + (first * bytes) as usize;
+        let length = ((end - first) * bytes) as usize;
+        self.tracker.will_write(address, length);
+        if !block.is_pristine() {
+            // SAFETY: free cells of a block that is this thread's to allocate from.
+            unsafe { clear(address, length) };
+        }
+        block.cursor.store(end, Ordering::Release);
+        self.allocated.fetch_add(length, Ordering::Relaxed);
+        buffer.end.store(address + length, Ordering::Relaxed);
+        buffer.at.store(address + bytes as usize, Ordering::Relaxed);
+        Some(address)
+    }
+
+    fn allocate_large(&self, kind: Kind, bytes: usize) -> Option<usize> {
+        let blocks = u32::try_from(bytes.checked_add(BLOCK - 1)? / BLOCK).ok()?;
+        let number = self.with_growth(blocks, |lists| self.space.take_large(lists, kind, bytes))?;
+        let address = self.space.address_of(number);
+        for part in number..number + blocks {
+            let block = self.space.block(part);
+            self.tracker.will_write(self.space.address_of(part), BLOCK);
+            if !block.is_pristine() {
+                // SAFETY: the blocks are the new object's, of which nobody knows yet.
+                unsafe { clear(self.space.address_of(part), BLOCK) };
+            }
+        }
+        (self.allocated).fetch_add(blocks as usize * BLOCK, Ordering::Relaxed);
+        Some(address)
+    }
+
+    /// Takes something out of the lists; where it is not there, the heap grows.
+    fn with_growth(&self, blocks: u32, take: impl Fn(&mut Lists) -> Option<u32>) -> Option<u32> {
+        let mut lists = self.space.lists();
+        if let Some(number) = take(&mut lists) {
+            return Some(number);
+        }
+        let segment = self.space.grow(&mut lists, blocks)?.ok()?;
+        let start = self.space.start();
+        // What cannot be followed must not be used; the blocks stay free and this fails again.
+        if let Err(reason) = (self.tracker).cover(start + segment.start, start + segment.end) {
+            fatal(&reason);
+        }
+        take(&mut lists)
+    }
+}
+
+impl Block {
+    pub(crate) fn is_pristine(&self) -> bool {
+        self.pristine.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// Clears memory.
+///
+/// # Safety
+/// It is the caller's to write to.
+unsafe fn clear(address: usize, bytes: usize) {
+    let mut done = 0;
+    while done < bytes {
+        let piece = (bytes - done).min(CLEAR_PIECE);
+        // SAFETY: within the caller's range.
+        unsafe { core::ptr::write_bytes((address + done) as *mut u8, 0, piece) };
+        done += piece;
+    }
+}
+
+/// Ends the process where going on would lose objects.
+pub(crate) fn fatal(reason: &str) -> ! {
+    eprintln!("dune-gc: {reason}");
+    std::process::abort()
+}
+
+/// Shared by the threads that use the heap.
+pub(crate) type Shared = Arc<Core>;
