@@ -4,6 +4,8 @@
 //! `cargo xtask bench all` runs every one and writes the report; `cargo xtask
 //! bench report` writes it from the figures that are there.
 
+mod gc_programs;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -26,6 +28,14 @@ pub(crate) struct BenchArgs {
     /// Where to run it [default: both, the lab first].
     #[arg(long, value_enum)]
     place: Option<Place>,
+
+    /// Memory of the lab.
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    memory: u32,
+
+    /// A kernel's image for the lab, for what Debian's own has not.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
 
     /// More arguments for the benchmark.
     #[arg(last = true)]
@@ -84,6 +94,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     for name in &names {
         if name == "sandbox" {
             install_peers();
+        }
+        if name == "memory" {
+            gc_programs::prepare()?;
         }
         if !suite(&program, name, args, &results)? {
             code = ExitCode::FAILURE;
@@ -144,7 +157,7 @@ fn suite(program: &Path, name: &str, args: &BenchArgs, results: &Path) -> Result
         }
         let json = results.join(file);
         let succeeded = match place {
-            Place::Lab => in_lab(program, name, &args.more, &json)?,
+            Place::Lab => in_lab(program, name, args, &json)?,
             Place::Native => native(program, name, &args.more, &json)?,
         };
         if !succeeded {
@@ -155,11 +168,12 @@ fn suite(program: &Path, name: &str, args: &BenchArgs, results: &Path) -> Result
     Ok(all)
 }
 
-fn in_lab(program: &Path, name: &str, more: &[String], json: &Path) -> Result<bool> {
+fn in_lab(program: &Path, name: &str, args: &BenchArgs, json: &Path) -> Result<bool> {
     println!("\n== {name} in the lab, instructions counted ==");
     let mut session = Session::start(&Config {
         icount: true,
-        memory_mib: 2048,
+        memory_mib: args.memory,
+        kernel: args.kernel.clone(),
         shares: json.parent().map(PathBuf::from).into_iter().collect(),
         ..Config::default()
     })?;
@@ -167,7 +181,7 @@ fn in_lab(program: &Path, name: &str, more: &[String], json: &Path) -> Result<bo
         .arg(name)
         .arg("--json")
         .arg(json)
-        .args(more)
+        .args(&args.more)
         .timeout(Some(LAB_PATIENCE));
     let outcome = session.run(
         &command,

@@ -86,11 +86,9 @@ impl Section {
         format!("cargo xtask bench {} --place {}", self.name, self.place)
     }
 
-    /// Who was to be measured in some row: as the benchmark lists them, or by name.
-    fn columns(&self) -> Vec<&str> {
-        let tried: BTreeSet<&str> = self
-            .found
-            .rows
+    /// Who was to be measured in some of these rows: as the benchmark lists them, or by name.
+    fn columns<'a>(&'a self, rows: &[&'a Row]) -> Vec<&'a str> {
+        let tried: BTreeSet<&str> = rows
             .iter()
             .flat_map(|row| row.values.keys().chain(row.missing.keys()))
             .map(String::as_str)
@@ -262,6 +260,12 @@ mod tests {
         "kvm":"hardware","emulated":true,"load":0.5,"samples":3},"placement":"in-guest",
         "unit":"instructions","rows":[{"id":"one","label":"<the> one",
         "values":{"linux":10056,"dune":389},"aim":400}]}"#;
+    /// Two kinds of rows, as in `dune-bench memory`.
+    const TWO: &str = r#"{"machine":{"cpu":"a CPU","cpus":1,"memory_mib":2,"kernel":"6.1",
+        "kvm":"hardware","load":0.5,"samples":3},"placement":"in-guest",
+        "unit":"instructions","rows":[{"id":"page","label":"a page","values":{"mprotect":2,
+        "dune":1}},{"id":"tree","label":"a tree","values":{"libgc":3,"dune-gc":4}},
+        {"id":"pages","label":"pages","values":{"uffd":2,"dune":1}}]}"#;
     const FULL: &str = r#"{"machine":{"cpu":"a CPU","cpus":1,"memory_mib":2,"kernel":"6.1",
         "kvm":"weak","load":0.5,"samples":3},"placement":"on-host","unit":"nanoseconds",
         "contenders":[{"id":"native","command":"","version":null,"missing":null},
@@ -276,6 +280,7 @@ mod tests {
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("core.json"), PLAIN).unwrap();
         fs::write(folder.join("sandbox-native.json"), FULL).unwrap();
+        fs::write(folder.join("memory.json"), TWO).unwrap();
         fs::write(folder.join("broken.json"), "{}").unwrap();
         write(&folder).unwrap();
         let text = fs::read_to_string(folder.join("report.html")).unwrap();
@@ -289,6 +294,8 @@ mod tests {
             "it cannot",
             "cargo xtask bench sandbox --place native",
             "<svg",
+            "<th>id</th><th>dune</th><th>mprotect</th><th>uffd</th><th>aim</th>",
+            "<th>id</th><th>dune-gc</th><th>libgc</th><th>aim</th>",
         ] {
             assert!(text.contains(part), "{part} is missing");
         }

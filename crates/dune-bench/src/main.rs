@@ -3,20 +3,24 @@
 //! ```text
 //!   main     the command line
 //!   memory/  the ways of finding out which pages were written, a file each
+//!   collectors/  garbage collectors: whole programs under dune-gc and libgc
 //!   crossings/  a file each: the Linux way and the Dune way of the same thing
 //!   sandbox/    whole programs under `dune run` and under other sandboxes
 //!   operations/ the program of its own that all of those run
 //!   meter    repeats an operation and takes the median
 //!   clock    what a tick is: an instruction (found out, not assumed) or a part of a second
 //!   host     what the run was made on
+//!   matrix   a row for each thing, a column for each contender
 //!   report   the table a person reads and the JSON a program reads
 //! ```
 //!
 //! Nothing is subtracted from a figure: what the measuring itself adds is a row of its own.
 
 mod clock;
+mod collectors;
 mod crossings;
 mod host;
+mod matrix;
 mod memory;
 mod meter;
 mod report;
@@ -44,7 +48,8 @@ enum Bench {
     Core(SuiteArguments),
     /// Compartments beside processes, threads and protection keys.
     Wedge(SuiteArguments),
-    /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune.
+    /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune; and
+    /// garbage collectors that use it.
     Memory(MemoryArguments),
     /// Programs in the sandbox, natively, and under its peers.
     Sandbox(SandboxArguments),
@@ -89,6 +94,30 @@ struct MemoryArguments {
     /// machine a quarter of an hour.
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(4..=4096))]
     mib: u32,
+    /// Only this half of the benchmark.
+    #[arg(long, value_enum)]
+    part: Option<MemoryPart>,
+    /// The compiled programs of the collectors [default: the folder gc-programs beside this
+    /// program].
+    #[arg(long, value_name = "PATH")]
+    programs: Option<PathBuf>,
+    /// Only the collectors' programs whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Only the collectors whose id contains this (can be repeated).
+    #[arg(long, value_name = "TEXT")]
+    contender: Vec<String>,
+    /// How much the collectors' programs do.
+    #[arg(long, value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    percent: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum MemoryPart {
+    /// The ways of finding out which pages were written.
+    Dirty,
+    /// The garbage collectors.
+    Collectors,
 }
 
 #[derive(Debug, clap::Args)]
@@ -136,11 +165,37 @@ fn run(suite: Suite, name: &str, arguments: SuiteArguments) -> anyhow::Result<()
 }
 
 fn run_memory(arguments: MemoryArguments) -> anyhow::Result<()> {
-    let report = memory::run(memory::Choices {
-        mib: arguments.mib as usize,
-        samples: arguments.samples as usize,
+    let is_wanted = |part| arguments.part.is_none_or(|chosen| chosen == part);
+    let samples = arguments.samples as usize;
+    // The collectors first: their programs are children, and a process that was in Dune mode
+    // makes a VM for each.
+    let clock = clock::Clock::calibrate();
+    let matrix = is_wanted(MemoryPart::Collectors).then(|| {
+        let choices = collectors::Choices {
+            programs: arguments.programs,
+            only: arguments.only,
+            contenders: arguments.contender,
+            percent: arguments.percent,
+            samples,
+        };
+        collectors::run(&choices, &clock)
     });
-    publish(&arguments.json, &report.table(), &report.json()?)
+    let report = is_wanted(MemoryPart::Dirty).then(|| {
+        memory::run(memory::Choices {
+            mib: arguments.mib as usize,
+            samples,
+        })
+    });
+    let (table, json) = match (&report, &matrix) {
+        (Some(report), None) => (report.table(), report.json()?),
+        (None, Some(matrix)) => (matrix.table(), matrix.json()?),
+        (Some(report), Some(matrix)) => (
+            format!("{}\n{}", report.table(), matrix.body()),
+            report.json_with(matrix)?,
+        ),
+        (None, None) => return Ok(()),
+    };
+    publish(&arguments.json, &table, &json)
 }
 
 fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {

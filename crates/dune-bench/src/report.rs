@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 
 use crate::clock::{Clock, Unit};
 use crate::host::Machine;
+use crate::matrix::{Column, Matrix};
 use crate::meter::Figure;
 
 /// One way of doing what a row measures, and what it costs.
@@ -192,6 +193,24 @@ impl Report {
                 })
                 .collect(),
         };
+        Ok(serde_json::to_string_pretty(&report)?)
+    }
+
+    /// The same, and a matrix of the same run.
+    ///
+    /// # Errors
+    /// None that can happen: the structures are plain.
+    pub(crate) fn json_with<C: Column + Clone>(
+        &self,
+        matrix: &Matrix<C>,
+    ) -> anyhow::Result<String> {
+        let mut report: serde_json::Value = serde_json::from_str(&self.json()?)?;
+        report["contenders"] = serde_json::to_value(matrix.json_contenders())?;
+        if let Some(rows) = report["rows"].as_array_mut() {
+            for row in matrix.json_rows() {
+                rows.push(serde_json::to_value(row)?);
+            }
+        }
         Ok(serde_json::to_string_pretty(&report)?)
     }
 

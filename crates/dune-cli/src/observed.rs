@@ -165,6 +165,10 @@ impl Engine for Observed {
         self.inner.revoke(range)
     }
 
+    fn needs_host_change(&self) -> bool {
+        self.inner.needs_host_change()
+    }
+
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
         Ok(Box::new(ObservedSeed {
             inner: self.inner.seed()?,

@@ -72,7 +72,8 @@ pub(crate) struct Block {
     pub(crate) pristine: AtomicU32,
     /// Of a tail: how many blocks the head is before it.
     pub(crate) back: AtomicU32,
-    _reserved: AtomicU32,
+    /// Cells that were marked when the lists were made last.
+    pub(crate) marked: AtomicU32,
     /// Bytes of a large object.
     pub(crate) large_bytes: AtomicU64,
 }
@@ -112,6 +113,7 @@ impl Block {
         self.cells.store(BLOCK as u32 / bytes, Relaxed);
         self.cursor.store(0, Relaxed);
         self.cycle_cursor.store(0, Relaxed);
+        self.marked.store(0, Relaxed);
         self.set_kind(kind);
     }
 
@@ -124,6 +126,7 @@ impl Block {
         self.cells.store(1, Relaxed);
         self.cycle_cursor.store(0, Relaxed);
         self.cursor.store(1, Relaxed);
+        self.marked.store(0, Relaxed);
         self.large_bytes.store(bytes as u64, Relaxed);
         self.set_kind(kind);
     }
@@ -168,11 +171,6 @@ impl Bitmap<'_> {
             word.store(old | bit, Relaxed);
         }
         old & bit == 0
-    }
-
-    pub(crate) fn clear(self, cell: u32) {
-        let word = self.word(cell);
-        word.store(word.load(Relaxed) & !(1 << (cell % 64)), Relaxed);
     }
 
     pub(crate) fn clear_all(self) {
@@ -238,7 +236,7 @@ mod tests {
         assert_eq!(bits.next_set(131, 4096), 4096);
         assert_eq!(bits.next_clear(0, 50), 50);
         assert_eq!(bits.count(4096), 101);
-        bits.clear(5);
-        assert_eq!(bits.next_clear(0, 4096), 5);
+        bits.clear_all();
+        assert_eq!(bits.next_clear(0, 4096), 0);
     }
 }

@@ -9,19 +9,29 @@ use crate::block::{Kind, NONE};
 use crate::heap::Core;
 use crate::layout::BLOCK;
 use crate::mark::{MarkStack, Marker};
+use crate::roots::Run;
+use crate::space::Lists;
 use crate::thread::Thread;
 use crate::world::Stopped;
+
+/// Bytes of young objects after which a minor collection is due at the latest.
+const MOST_YOUNG: usize = 32 << 20;
 
 impl Core {
     /// Collects if it is still due once nobody else collects.
     pub(crate) fn collect_when_due(&self, thread: &Thread) {
         self.world.while_safe(thread, || {
             let mut stack = self.collector();
-            if self.is_collection_due() {
+            if !self.is_collection_due() {
+            } else if self.tracker.is_tracking() && !self.is_full_due() {
+                self.minor_collection(&mut stack);
+            } else if self.tracker.is_tracking() && self.has_marker.load(Ordering::Relaxed) {
+                self.minor_collection(&mut stack);
+                self.cycle.ask();
+            } else {
                 self.full_collection(&mut stack);
             }
         });
-        self.run_finalizers(thread);
     }
 
     /// Finds everything that is unreachable now.
@@ -30,24 +40,17 @@ impl Core {
             let mut stack = self.collector();
             self.full_collection(&mut stack);
         });
-        self.run_finalizers(thread);
     }
 
-    fn collector(&self) -> MutexGuard<'_, MarkStack> {
+    pub(crate) fn collector(&self) -> MutexGuard<'_, MarkStack> {
         self.collector
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs what waits, outside of every lock, in the thread that noticed.
-    fn run_finalizers(&self, thread: &Thread) {
-        if !self.has_ready.swap(false, Ordering::Acquire) {
-            return;
-        }
-        let ready = self.critically(thread, || self.roots().take_ready());
-        for finalizer in ready {
-            (finalizer.run)(finalizer.object);
-        }
+    /// The next finalizer to run, outside of every lock.
+    pub(crate) fn take_ready(&self) -> Option<(usize, Run)> {
+        self.roots().take_ready()
     }
 
     /// Stops the world, marks everything that the roots lead to, and frees the rest.
@@ -56,6 +59,9 @@ impl Core {
         self.space.clear_other_bitmaps();
         let begin = Instant::now();
         let stopped = self.world.stop(self.parameters.stop_signal);
+        // What was written until now is of no interest: everything is looked at.
+        self.tracker.collect(&self.space);
+        self.space.clear_dirty();
         let other = self.space.current() ^ 1;
         let mut marker = Marker::new(&self.space, stack, other);
         self.keep_buffers(&stopped, other);
@@ -63,21 +69,48 @@ impl Core {
         marker.drain();
         self.finalize_unreachable(&mut marker);
         self.space.exchange_bitmaps();
-        self.reclaim();
+        self.reclaim_all();
         drop(stopped);
         self.counters.paused(begin.elapsed());
         self.counters.collections.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Stops the world, marks the young objects that the roots and the old objects in written
+    /// pages lead to, and frees the other young ones. Old is what is marked; so what survives
+    /// is old thereby.
+    fn minor_collection(&self, stack: &mut MarkStack) {
+        self.before_stop();
+        let begin = Instant::now();
+        let stopped = self.world.stop(self.parameters.stop_signal);
+        self.tracker.collect(&self.space);
+        let mut marker = Marker::new(&self.space, stack, self.space.current());
+        marker.scan_dirty();
+        self.keep_buffers(&stopped, self.space.current());
+        self.mark_roots(&stopped, &mut marker);
+        marker.drain();
+        self.finalize_unreachable(&mut marker);
+        let pages = marker.pages_scanned;
+        self.counters
+            .pages_scanned
+            .fetch_add(pages, Ordering::Relaxed);
+        self.reclaim_touched();
+        drop(stopped);
+        self.counters.paused(begin.elapsed());
+        self.counters.collections.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .minor_collections
+            .fetch_add(1, Ordering::Relaxed);
+    }
+
     /// What must not be done while threads may be stopped within the allocator of libc.
-    fn before_stop(&self) {
+    pub(crate) fn before_stop(&self) {
         if self.parameters.stop_signal.is_some() {
             self.roots().find_images();
         }
     }
 
     /// The free cells of every thread's runs count as live: see [`Buffer`](crate::thread::Buffer).
-    fn keep_buffers(&self, stopped: &Stopped<'_>, set: usize) {
+    pub(crate) fn keep_buffers(&self, stopped: &Stopped<'_>, set: usize) {
         for buffer in stopped.threads().flat_map(Thread::buffers) {
             let number = buffer.block.load(Ordering::Relaxed);
             let at = buffer.at.load(Ordering::Relaxed);
@@ -94,7 +127,7 @@ impl Core {
         }
     }
 
-    fn mark_roots(&self, stopped: &Stopped<'_>, marker: &mut Marker<'_>) {
+    pub(crate) fn mark_roots(&self, stopped: &Stopped<'_>, marker: &mut Marker<'_>) {
         if self.parameters.stop_signal.is_some() {
             for thread in stopped.threads() {
                 let start = thread.stack_pointer.load(Ordering::Relaxed);
@@ -107,62 +140,115 @@ impl Core {
             }
         }
         let roots = self.roots();
+        roots.mark(marker);
         for (start, end) in roots.ranges.iter().chain(&roots.images) {
             // SAFETY: by the word of whoever added the range.
             unsafe { marker.scan(*start, *end) };
         }
     }
 
-    fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
-        if self.roots().find_ready(self, marker) {
+    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
+        if self.roots().find_unreachable(self, marker) {
             self.has_ready.store(true, Ordering::Release);
         }
     }
 
-    /// Makes lists of what the current bitmaps leave free, and decides when to collect next.
-    fn reclaim(&self) {
+    /// Makes lists of what the current bitmaps leave free in all blocks.
+    pub(crate) fn reclaim_all(&self) {
         let mut lists = self.space.lists();
-        self.space.forget_room(&mut lists);
+        lists.forget();
         let mut live = 0;
         let mut number = 0;
         let end = self.space.used_blocks();
         while number < end {
             let block = self.space.block(number);
-            if block.kind() == Kind::Free {
-                number += 1;
-                continue;
-            }
-            let extent = if block.is_large() { block.extent() } else { 1 };
-            let bitmap = self.space.bitmap(self.space.current(), number);
-            let cells = block.cells.load(Ordering::Relaxed);
-            let marked = bitmap.count(cells);
-            live += if block.is_large() {
-                marked as usize * extent as usize * BLOCK
-            } else {
-                (marked * block.cell_bytes.load(Ordering::Relaxed)) as usize
-            };
-            if block.is_owned() {
-                // Cells below the cursor wait for the collection after the block is given up.
-                self.space.touch(&mut lists, number);
-            } else if marked == 0 {
-                self.space.free(&mut lists, number);
-            } else if !block.is_large() {
-                block.pristine.store(0, Ordering::Relaxed);
-                if marked < cells {
-                    block.cursor.store(0, Ordering::Release);
-                    self.space.give_room(&mut lists, number);
+            let mut extent = 1;
+            if block.kind() != Kind::Free {
+                if block.is_large() {
+                    extent = block.extent();
                 }
-            } else {
-                // Its one cell is found by its mark from here on.
-                block.cursor.store(0, Ordering::Release);
+                self.reclaim(&mut lists, number);
+                live += self.live_bytes_of(number);
             }
             number += extent;
         }
+        self.live_when_full.store(live, Ordering::Relaxed);
+        self.set_pace(&lists, live);
+    }
+
+    /// As [`reclaim_all`](Self::reclaim_all), for the blocks that were allocated from since
+    /// the last collection: in all others nothing has changed.
+    fn reclaim_touched(&self) {
+        let mut lists = self.space.lists();
+        let mut live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
+        let mut number = lists.touched;
+        lists.touched = NONE;
+        while number != NONE {
+            let next = self.space.block(number).next.load(Ordering::Relaxed);
+            live -= self.live_bytes_of(number);
+            self.reclaim(&mut lists, number);
+            live += self.live_bytes_of(number);
+            number = next;
+        }
+        self.set_pace(&lists, live);
+    }
+
+    /// Puts a block where it belongs now, and counts what is marked in it.
+    fn reclaim(&self, lists: &mut Lists, number: u32) {
+        let block = self.space.block(number);
+        let bitmap = self.space.bitmap(self.space.current(), number);
+        let cells = block.cells.load(Ordering::Relaxed);
+        let marked = bitmap.count(cells);
+        block.marked.store(marked, Ordering::Relaxed);
+        if block.is_owned() {
+            // Cells below the cursor wait for the collection after the block is given up.
+            self.space.touch(lists, number);
+        } else if marked == 0 {
+            self.space.free(lists, number);
+        } else if block.is_large() {
+            // Its one cell is found by its mark from here on.
+            block.cursor.store(0, Ordering::Release);
+        } else {
+            block.pristine.store(0, Ordering::Relaxed);
+            if marked < cells {
+                block.cursor.store(0, Ordering::Release);
+                self.space.give_room(lists, number);
+            }
+        }
+    }
+
+    /// Bytes of what was marked in a block that is in use; 0 in one that is not.
+    fn live_bytes_of(&self, number: u32) -> usize {
+        let block = self.space.block(number);
+        let marked = block.marked.load(Ordering::Relaxed) as usize;
+        if block.kind() == Kind::Free {
+            0
+        } else if block.is_large() {
+            marked * block.extent() as usize * BLOCK
+        } else {
+            marked * block.cell_bytes.load(Ordering::Relaxed) as usize
+        }
+    }
+
+    /// Decides when to collect next.
+    fn set_pace(&self, lists: &Lists, live: usize) {
         let in_use = (lists.committed - lists.free_blocks) as usize * BLOCK;
         (self.counters.heap_bytes).store(in_use as u64, Ordering::Relaxed);
         (self.counters.live_bytes).store(live as u64, Ordering::Relaxed);
         self.allocated.store(0, Ordering::Relaxed);
-        let allowance = (live / 4 * 3).max(self.parameters.least_allowance);
+        let least = self.parameters.least_allowance;
+        let allowance = if self.tracker.is_tracking() {
+            (live / 16).clamp(least, least.max(MOST_YOUNG))
+        } else {
+            (live / 4 * 3).max(least)
+        };
         self.allowance.store(allowance, Ordering::Relaxed);
+    }
+
+    /// Whether so much has grown old that a full collection is worth it.
+    fn is_full_due(&self) -> bool {
+        let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
+        let before = self.live_when_full.load(Ordering::Relaxed);
+        live > before + (before / 4 * 3).max(self.parameters.least_allowance * 2)
     }
 }

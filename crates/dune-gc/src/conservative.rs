@@ -13,16 +13,18 @@ use core::ptr;
 use core::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::block::{Kind, NONE};
+use crate::block::Kind;
+use crate::cycle::MarkerThread;
 use crate::error::GcError;
 use crate::heap::{Core, Parameters, fatal};
 use crate::images;
 use crate::layout::class_of;
 use crate::provider::Provider;
+use crate::roots::Run;
 use crate::stats::Stats;
 use crate::thread::{SAFE, Thread};
 
-static HEAP: OnceLock<Core> = OnceLock::new();
+static HEAP: OnceLock<Arc<Core>> = OnceLock::new();
 /// So that two threads do not both make it.
 static MAKING: Mutex<()> = Mutex::new(());
 
@@ -65,8 +67,13 @@ pub fn init_with(provider: Provider, is_stressed: bool) -> Result<(), GcError> {
         is_stressed,
         ..Parameters::default()
     };
-    let core = Core::new(parameters, provider.tracker()?).map_err(GcError::Reserve)?;
+    let core = Arc::new(Core::new(parameters, provider)?);
     install_handler(signal);
+    if core.tracker.is_tracking() {
+        // It lives as long as the heap, which is for ever. Without it, full collections stop
+        // the world.
+        mem::forget(MarkerThread::start(&core));
+    }
     let _ = HEAP.set(core);
     drop(making);
     register_thread()
@@ -150,15 +157,7 @@ fn leave(thread: &Arc<Thread>) {
     if !ptr::eq(CURRENT.get(), Arc::as_ptr(thread)) {
         return;
     }
-    core.critically(thread, || {
-        for buffer in thread.buffers() {
-            let number = buffer.block.swap(NONE, Ordering::Relaxed);
-            if number != NONE {
-                (core.space.block(number).owned).store(0, Ordering::Release);
-            }
-            buffer.end.store(0, Ordering::Relaxed);
-        }
-    });
+    core.give_back_buffers(thread);
     // It stays safe for ever: the handler returns at once, and nobody waits for it.
     core.world
         .enter_safe(thread, thread.stack_end.load(Ordering::Relaxed));
@@ -200,6 +199,9 @@ fn allocate_slowly(kind: Kind, bytes: usize) -> *mut c_void {
         fatal(&error.to_string());
     }
     let address = core.allocate(CURRENT.get(), kind, bytes);
+    if core.has_ready.load(Ordering::Relaxed) {
+        run_finalizers(core);
+    }
     address.map_or(ptr::null_mut(), |address| address as *mut c_void)
 }
 
@@ -255,6 +257,20 @@ pub fn collect() {
         }
     }
     core.collect_fully(CURRENT.get());
+    run_finalizers(core);
+}
+
+/// Runs what waits, in the thread that noticed, outside of every lock.
+fn run_finalizers(core: &Core) {
+    if !core.has_ready.swap(false, Ordering::Acquire) {
+        return;
+    }
+    let thread = CURRENT.get();
+    while let Some((object, run)) = core.critically(thread, || core.take_ready()) {
+        if let Run::Untyped(function) = run {
+            function(object);
+        }
+    }
 }
 
 /// Adds words that may be pointers: a range that is not a variable, a stack or in the heap.
@@ -284,11 +300,13 @@ pub unsafe fn register_finalizer(
     let core = heap();
     let data = data as usize;
     core.critically(CURRENT.get(), || {
-        let run = function.map(|function| -> crate::roots::Finalize {
+        let run = function.map(|function| {
             // SAFETY: by the caller's word.
-            Box::new(move |object| unsafe { function(object as *mut c_void, data as *mut c_void) })
+            Run::Untyped(Box::new(move |object| unsafe {
+                function(object as *mut c_void, data as *mut c_void);
+            }))
         });
-        core.roots().set_finalizer(object as usize, run);
+        let _earlier = core.roots().set_finalizer(object as usize, run);
     });
 }
 

@@ -20,6 +20,9 @@ pub enum GcError {
     /// The heap of the C interface exists already.
     #[error("the heap of this process exists already: initialise it once, before the first use")]
     AlreadyInitialised,
+    /// The thread has a mutator for this heap.
+    #[error("this thread is registered with the heap already: use the mutator it has")]
+    AlreadyAttached,
     /// A thread's stack is where nobody knows.
     #[error("the bounds of this thread's stack are not known (pthread_getattr_np failed)")]
     UnknownStack,

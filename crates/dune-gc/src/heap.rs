@@ -2,12 +2,14 @@
 #![expect(unsafe_code, reason = "clears memory that is about to be handed out")]
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
+use crate::cycle::Cycle;
+use crate::error::GcError;
 use crate::layout::{BLOCK, CELL_BYTES, PAGE, class_of};
 use crate::mark::MarkStack;
+use crate::provider::Provider;
 use crate::roots::Roots;
 use crate::space::{Lists, Space};
 use crate::stats::{Counters, Stats};
@@ -41,7 +43,7 @@ impl Default for Parameters {
         Self {
             reservation: RESERVATION,
             mark_stack_entries: MARK_STACK_ENTRIES,
-            least_allowance: 8 << 20,
+            least_allowance: 4 << 20,
             is_stressed: false,
             stop_signal: None,
         }
@@ -63,22 +65,33 @@ pub(crate) struct Core {
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
+    /// Bytes that were live after the last full collection.
+    pub(crate) live_when_full: AtomicUsize,
+    pub(crate) cycle: Cycle,
+    /// Somebody runs cycles.
+    pub(crate) has_marker: AtomicBool,
     /// Finalizers wait to be run.
     pub(crate) has_ready: AtomicBool,
 }
 
 impl Core {
-    pub(crate) fn new(parameters: Parameters, tracker: Box<dyn WriteTracker>) -> io::Result<Self> {
+    pub(crate) fn new(parameters: Parameters, provider: Provider) -> Result<Self, GcError> {
+        let space = Space::new(parameters.reservation).map_err(GcError::Reserve)?;
+        let tracker = provider.tracker(&space)?;
+        let stack = MarkStack::new(parameters.mark_stack_entries).map_err(GcError::Reserve)?;
         Ok(Self {
-            space: Space::new(parameters.reservation)?,
+            space,
             world: World::default(),
             tracker,
             roots: Mutex::new(Roots::default()),
             parameters,
             counters: Counters::default(),
-            collector: Mutex::new(MarkStack::new(parameters.mark_stack_entries)?),
+            collector: Mutex::new(stack),
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
+            live_when_full: AtomicUsize::new(0),
+            cycle: Cycle::default(),
+            has_marker: AtomicBool::new(false),
             has_ready: AtomicBool::new(false),
         })
     }
@@ -103,6 +116,35 @@ impl Core {
         self.allocate_slowly(thread, kind, bytes)
     }
 
+    /// As [`allocate`](Self::allocate), without ever collecting.
+    #[inline]
+    pub(crate) fn allocate_beside(
+        &self,
+        thread: &Thread,
+        kind: Kind,
+        bytes: usize,
+    ) -> Option<usize> {
+        if let Some(class) = class_of(bytes)
+            && let Some(address) = thread.buffers[kind.index()][class].take()
+        {
+            return Some(address);
+        }
+        self.critically(thread, || self.try_allocate(thread, kind, bytes))
+    }
+
+    /// The thread allocates no more.
+    pub(crate) fn give_back_buffers(&self, thread: &Thread) {
+        self.critically(thread, || {
+            for buffer in thread.buffers() {
+                let number = buffer.block.swap(NONE, Ordering::Relaxed);
+                if number != NONE {
+                    (self.space.block(number).owned).store(0, Ordering::Release);
+                }
+                buffer.end.store(0, Ordering::Relaxed);
+            }
+        });
+    }
+
     #[cold]
     #[inline(never)]
     fn allocate_slowly(&self, thread: &Thread, kind: Kind, bytes: usize) -> Option<usize> {
@@ -117,7 +159,14 @@ impl Core {
         self.critically(thread, || self.try_allocate(thread, kind, bytes))
     }
 
+    /// Whether a thread should collect, or wait for the collection that runs: so much may be
+    /// allocated beside one as was live when it began.
     pub(crate) fn is_collection_due(&self) -> bool {
+        if self.cycle.is_running() {
+            let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
+            let most = live.max(self.parameters.least_allowance * 8);
+            return self.allocated.load(Ordering::Relaxed) >= most;
+        }
         self.parameters.is_stressed
             || self.allocated.load(Ordering::Relaxed) >= self.allowance.load(Ordering::Relaxed)
     }
@@ -216,6 +265,16 @@ impl Core {
     }
 }
 
+impl Drop for Core {
+    fn drop(&mut self) {
+        let values = self.roots().take_droppable();
+        for (object, drop) in values {
+            // SAFETY: nobody can reach the object any more, and each is in the lists once.
+            unsafe { drop(object) };
+        }
+    }
+}
+
 impl Block {
     pub(crate) fn is_pristine(&self) -> bool {
         self.pristine.load(Ordering::Relaxed) != 0
@@ -241,6 +300,3 @@ pub(crate) fn fatal(reason: &str) -> ! {
     eprintln!("dune-gc: {reason}");
     std::process::abort()
 }
-
-/// Shared by the threads that use the heap.
-pub(crate) type Shared = Arc<Core>;

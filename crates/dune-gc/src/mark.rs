@@ -3,7 +3,7 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::block::Kind;
+use crate::block::{Bitmap, Kind};
 use crate::layout::{BLOCK_PAGES, BLOCK_SHIFT, PAGE, PAGE_SHIFT, cell_at};
 use crate::memory::Table;
 use crate::space::{Cell, Space};
@@ -141,6 +141,11 @@ impl<'a> Marker<'a> {
             Kind::Typed => self.stack.push(start, 0),
             _ => {}
         }
+    }
+
+    /// The marks of a block.
+    pub(crate) fn bitmap(&self, block: u32) -> Bitmap<'a> {
+        self.space.bitmap(self.set, block)
     }
 
     /// Whether an object is marked.

@@ -4,7 +4,8 @@ use core::fmt;
 use core::str::FromStr;
 
 use crate::error::GcError;
-use crate::track::{Untracked, WriteTracker};
+use crate::space::Space;
+use crate::track::{DirtyBits, Mprotect, Protected, Untracked, Userfault, WriteTracker};
 
 /// Who says which pages were written since the last collection.
 ///
@@ -31,14 +32,25 @@ pub enum Provider {
 }
 
 impl Provider {
-    pub(crate) fn tracker(self) -> Result<Box<dyn WriteTracker>, GcError> {
-        match self {
-            Self::None | Self::Auto => Ok(Box::new(Untracked)),
-            provider => Err(GcError::Provider {
-                provider,
-                reason: "not in this version".to_owned(),
-            }),
-        }
+    /// The tracker for the writes to a space.
+    pub(crate) fn tracker(self, space: &Space) -> Result<Box<dyn WriteTracker>, GcError> {
+        let result = match self {
+            Self::None => Ok(Box::new(Untracked) as Box<dyn WriteTracker>),
+            Self::Mprotect => Mprotect::new(space).map(|rights| Box::new(Protected(rights)) as _),
+            Self::Userfaultfd => {
+                Userfault::new(space).map(|rights| Box::new(Protected(rights)) as _)
+            }
+            Self::Dune => DirtyBits::new().map(|bits| Box::new(bits) as _),
+            Self::Auto => {
+                return Self::Dune
+                    .tracker(space)
+                    .or_else(|_| Self::Mprotect.tracker(space));
+            }
+        };
+        result.map_err(|reason| GcError::Provider {
+            provider: self,
+            reason,
+        })
     }
 }
 

@@ -5,9 +5,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Bitmap, Block, KINDS, Kind, NONE};
-use crate::layout::{
-    BITMAP_WORDS, BLOCK, BLOCK_PAGES, BLOCK_SHIFT, CLASSES, PAGE, PAGE_SHIFT, cell_at,
-};
+use crate::layout::{BITMAP_WORDS, BLOCK, BLOCK_PAGES, BLOCK_SHIFT, CLASSES, PAGE_SHIFT, cell_at};
 use crate::memory::{Reservation, Table};
 
 /// The smallest reservation that is worth a heap.
@@ -117,12 +115,6 @@ impl Space {
         (self.used() >> BLOCK_SHIFT) as u32
     }
 
-    /// Whether the address is in the heap's reservation.
-    #[inline]
-    pub(crate) fn contains(&self, address: usize) -> bool {
-        address.wrapping_sub(self.start()) < self.reservation.bytes()
-    }
-
     #[inline]
     pub(crate) fn block(&self, number: u32) -> &Block {
         &self.blocks[number as usize]
@@ -221,13 +213,6 @@ impl Space {
     pub(crate) fn mark_dirty(&self, page: usize) {
         if let Some(word) = self.dirty.get(page / 64) {
             word.fetch_or(1 << (page % 64), Ordering::Relaxed);
-        }
-    }
-
-    /// Remembers all pages that hold one of these bytes.
-    pub(crate) fn mark_dirty_range(&self, offset: usize, bytes: usize) {
-        for page in offset >> PAGE_SHIFT..(offset + bytes).div_ceil(PAGE) {
-            self.mark_dirty(page);
         }
     }
 
@@ -341,12 +326,6 @@ impl Space {
             lists.set_free(part);
         }
     }
-
-    /// Empties all lists of blocks with room.
-    pub(crate) fn forget_room(&self, lists: &mut Lists) {
-        lists.room = [[NONE; CLASSES]; KINDS];
-        lists.touched = NONE;
-    }
 }
 
 impl Lists {
@@ -355,6 +334,12 @@ impl Lists {
         word.fetch_or(1 << (number % 64), Ordering::Relaxed);
         self.free_blocks += 1;
         self.first_free = self.first_free.min(number);
+    }
+
+    /// Empties all lists of blocks with room, and that of touched ones.
+    pub(crate) fn forget(&mut self) {
+        self.room = [[NONE; CLASSES]; KINDS];
+        self.touched = NONE;
     }
 
     fn is_free(&self, number: u32) -> bool {

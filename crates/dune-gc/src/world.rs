@@ -58,10 +58,6 @@ impl World {
             .cloned()
     }
 
-    pub(crate) fn thread_count(&self) -> usize {
-        self.lock().len()
-    }
-
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Thread>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -5,7 +5,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use dune_loader::{ImageError, find_command};
 
@@ -19,6 +19,7 @@ use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
+use crate::snapshot::{Marker, Served, Service, SymbolError};
 use crate::trace::Tracer;
 
 /// A program to be run, with its arguments and environment.
@@ -50,6 +51,7 @@ pub struct Command {
     crash_report: Option<Arc<File>>,
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
+    service: Option<Arc<Mutex<Option<Served>>>>,
 }
 
 /// What became of a program.
@@ -99,6 +101,9 @@ pub enum RunError {
     /// The process could not be confined.
     #[error(transparent)]
     Confine(#[from] ConfineError),
+    /// The program cannot be stopped where it was asked for.
+    #[error(transparent)]
+    Symbol(#[from] SymbolError),
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -142,6 +147,7 @@ impl Command {
             crash_report: None,
             handlers: Handlers::default(),
             tracer: None,
+            service: None,
         }
     }
 
@@ -273,6 +279,16 @@ impl Command {
         self
     }
 
+    /// Has `service` decide, when the program reaches `marker` and when it
+    /// ends, how it goes on: see [`crate::snapshot`]. Of clones of this command,
+    /// the first that runs is served.
+    #[must_use]
+    pub fn serve(mut self, marker: Marker, service: Box<dyn Service>) -> Self {
+        let served = Served::new(marker, service);
+        self.service = Some(Arc::new(Mutex::new(Some(served))));
+        self
+    }
+
     /// Runs the program to its end.
     ///
     /// Signals whose default action ends the process end it here as well,
@@ -343,9 +359,21 @@ impl Command {
                 errno,
             })?;
         guard.configure(policy, self.crash_report);
+        let served = self.service.and_then(|service| {
+            let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
+            service.take()
+        });
+        let is_served = served.is_some();
+        if let Some(served) = served {
+            guard.serve(served);
+        }
         let stack_limit = guard.program.process().limits.stack();
         let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
+        let entry = prepared.entry();
         let mut user = prepared.load(&mut guard)?;
+        if is_served {
+            guard.prepare_to_serve(&path, entry)?;
+        }
         let end = guard.run(&mut user)?;
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();

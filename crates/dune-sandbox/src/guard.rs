@@ -29,8 +29,9 @@ use crate::signal::deliver::{
 };
 use crate::signal::host::{self, thread_id};
 use crate::signal::{
-    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, default_action, record,
+    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, bit, default_action, record,
 };
+use crate::snapshot::{Ending, Next};
 use crate::table::{self, Args, Call, Handling, Restart};
 use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
@@ -91,8 +92,12 @@ pub struct Guard {
     pub(crate) status: Option<u8>,
     /// Set by a call that must not start again, whatever its row says.
     pub(crate) never_restart: bool,
+    /// Whether the service of the program wants no more of it.
+    finished: bool,
+    /// Set when a signal is fatal: the host blocks all of them then.
+    pub(crate) all_blocked: bool,
     /// Set when the engine failed inside a call.
-    broken: Option<EngineError>,
+    pub(crate) broken: Option<EngineError>,
 }
 
 impl core::fmt::Debug for Guard {
@@ -139,6 +144,8 @@ impl Guard {
             clear_child_tid: 0,
             status: None,
             never_restart: false,
+            finished: false,
+            all_blocked: false,
             broken: None,
         }
     }
@@ -173,7 +180,27 @@ impl Guard {
             self.release_child_tid();
             let program = Arc::clone(&self.program);
             program.threads.leave(self.tid, self.status);
-            match program.threads.wait_as_leader(self.tid) {
+            let wake = program.threads.wait_as_leader(self.tid);
+            let ended = match &wake {
+                Wake::RunEnded(ending) => Some(*ending),
+                // All threads are gone, one by one.
+                Wake::Finish(Ok(end)) if program.served().is_some() && !self.finished => {
+                    Some(Ending::End(*end))
+                }
+                _ => None,
+            };
+            if let Some(ending) = ended {
+                // The leader had left: the next run has it again.
+                let _ = program.threads.join(self.tid);
+                self.all_blocked = true;
+                match self.run_ended(ending, user) {
+                    Ok(Next::Continue) => continue,
+                    Ok(Next::Finish(end)) => return Some(Ok(end)),
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+            match wake {
+                Wake::RunEnded(_) => return Some(Ok(End::Exit(0))),
                 Wake::Finish(finish) if program.is_forked() => {
                     finish_vfork(&program);
                     leave_process(finish)
@@ -205,6 +232,17 @@ impl Guard {
                 if self.program.threads.must_leave(self.tid) {
                     return None;
                 }
+                if self.tid == self.pid()
+                    && let Some(ending) = self.run_was_ended()
+                {
+                    match self.next_run(ending, user) {
+                        Some(finish) => {
+                            self.end_program(finish);
+                            return None;
+                        }
+                        None => continue,
+                    }
+                }
             }
             let (resume, fault) = match self.engine.run(user) {
                 Ok(trap) => (self.on_trap(trap, user), trap.address()),
@@ -212,18 +250,62 @@ impl Guard {
             };
             let finish = match resume {
                 Ok(Resume::Continue) => continue,
+                Ok(Resume::ThreadExit(status)) if self.is_last_of_run() => Ok(End::Exit(status)),
                 Ok(Resume::ThreadExit(status)) => return Some(status),
                 Ok(Resume::Leave) => return None,
                 Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
                 Ok(Resume::Killed(signal)) => {
                     self.report_crash(signal, fault, user);
+                    self.all_blocked = true;
                     Ok(End::Killed(signal))
                 }
                 Err(error) => Err(error),
             };
+            let finish = match finish {
+                Ok(end) if self.program.served().is_some() => {
+                    if self.tid != self.pid() {
+                        // The first thread sees to it.
+                        let ending = Ending::End(end);
+                        self.program.threads.end_run(self.pid(), ending);
+                        return None;
+                    }
+                    match self.next_run(Ending::End(end), user) {
+                        Some(finish) => finish,
+                        None => continue,
+                    }
+                }
+                finish => finish,
+            };
             self.end_program(finish);
             return None;
         }
+    }
+
+    /// Whether this thread's end is that of a run of a served program.
+    fn is_last_of_run(&self) -> bool {
+        self.tid == self.pid()
+            && self.program.served().is_some()
+            && self.program.threads.lock().members().count() == 1
+    }
+
+    /// How the run in hand ended, if it did by another thread's doing.
+    fn run_was_ended(&self) -> Option<Ending> {
+        let served = self.program.served()?;
+        if served.take_interrupt() {
+            return Some(Ending::Interrupted);
+        }
+        self.program.threads.take_run_end()
+    }
+
+    /// Lets the service decide after a run. `None` if the program goes on.
+    fn next_run(&mut self, ending: Ending, user: &mut UserState) -> Option<Finish> {
+        let finish = match self.run_ended(ending, user) {
+            Ok(Next::Continue) => return None,
+            Ok(Next::Finish(end)) => Ok(end),
+            Err(error) => Err(error),
+        };
+        self.finished = true;
+        Some(finish)
     }
 
     /// Ends the program; the other threads are told to leave.
@@ -268,6 +350,9 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
+        if let Some(resume) = self.look_for_marker(trap, user)? {
+            return Ok(resume);
+        }
         let resume = match trap {
             Trap::Syscall => self.on_syscall(user),
             Trap::PageFault { addr, error } => self.on_page_fault(trap, addr, error.needed(), user),
@@ -355,6 +440,11 @@ impl Guard {
         };
         self.never_restart = false;
         let answer = self.dispatch(call, user, args);
+        if self.program.is_in_snapshot()
+            && let Some(served) = self.program.served()
+        {
+            served.note(call, args, &answer);
+        }
         self.pins.get_mut().clear();
         self.trace_answer(begun, &answer);
         let result = match answer {
@@ -394,6 +484,13 @@ impl Guard {
             && let Some(signal) = self.kills_itself_by(call.nr, args)
         {
             self.report_crash(signal, None, user);
+        }
+        if self.program.served().is_some()
+            && let Some(signal) = self.kills_itself_by(call.nr, args)
+            && self.signals.mask & bit(signal) == 0
+        {
+            // It would end this process, and with it what serves the program.
+            return Answer::Killed(signal);
         }
         if let Handling::Control(handler) = call.handling {
             return match self.check(call, args) {

@@ -220,6 +220,11 @@ pub(crate) fn prepare(
 }
 
 impl Prepared {
+    /// The program's own entry point.
+    pub(crate) fn entry(&self) -> u64 {
+        self.plan.entry.get()
+    }
+
     /// Maps the program into a user space that is empty, and returns the state
     /// it starts in.
     ///

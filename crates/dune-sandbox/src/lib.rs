@@ -52,6 +52,7 @@ pub mod policy;
 pub mod program;
 pub mod range;
 mod signal;
+pub mod snapshot;
 pub mod table;
 #[cfg(test)]
 mod testing;

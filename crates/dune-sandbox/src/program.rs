@@ -30,6 +30,9 @@ use crate::host::{self, Errno};
 use crate::policy::enforced::Enforced;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
+use crate::snapshot::Served;
+use crate::snapshot::memory::{Layer, Layers, Tracked};
+use crate::snapshot::watch::Watch;
 use crate::table;
 use crate::threads::{State, Threads};
 use crate::trace::Tracer;
@@ -45,6 +48,8 @@ pub struct Memory {
     pub(crate) space: Space,
     /// What a child of `vfork` has to tell its parent.
     pub(crate) journal: Option<Mutex<Journal>>,
+    /// Snapshots to return to, the latest last.
+    pub(crate) layers: Option<Mutex<Layers>>,
 }
 
 impl Memory {
@@ -63,17 +68,50 @@ impl Memory {
             let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
             journal.note(&self.areas, pid, range);
         }
+        if let Some(pages) = PageRange::covering(range) {
+            self.with_top(|top| top.note(&self.areas, pid, pages));
+        }
+    }
+
+    /// Does something with the latest snapshot, if there is one.
+    pub(crate) fn with_top<T>(&self, body: impl FnOnce(&mut Layer) -> T) -> Option<T> {
+        let layers = self.layers.as_ref()?;
+        let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+        layers.last_mut().map(body)
+    }
+
+    /// Before `range` is unmapped or replaced: keeps what a snapshot needs.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said.
+    pub(crate) fn set_aside(&self, range: PageRange) -> Result<(), Errno> {
+        self.with_top(|top| top.set_aside(&self.areas, range))
+            .unwrap_or(Ok(()))
+    }
+
+    /// Whether the latest snapshot has a page of `range`.
+    pub(crate) fn is_in_snapshot(&self, range: PageRange) -> bool {
+        self.with_top(|top| top.has_part_of(range)) == Some(true)
     }
 
     /// The range and rights with which to admit the page of `addr` for an
-    /// access that needs `needed`. In a child of `vfork` no page can be written
-    /// that was not noted.
+    /// access that needs `needed`. In a child of `vfork`, and after a snapshot,
+    /// no page can be written that was not noted.
     pub(crate) fn admissible(&self, pid: u32, addr: u64, area: Area, needed: Access) -> Admission {
         let access = effective(area.attributes.access);
         let whole = Admission {
             range: area.range,
             access,
         };
+        match self.with_top(|top| top.admissible(pid, addr, area, needed)) {
+            Some(Tracked::Whole(range)) => return Admission { range, access },
+            Some(Tracked::ReadOnly(range)) => {
+                let access = access - Access::WRITE;
+                return Admission { range, access };
+            }
+            None => {}
+        }
         if self.journal.is_none()
             || area.attributes.sharing == Sharing::Shared
             || !access.contains(Access::WRITE)
@@ -145,6 +183,10 @@ pub(crate) struct Program {
     single: AtomicBool,
     /// Whether the memory has a journal.
     journaling: AtomicBool,
+    /// Whether there is a snapshot to return to.
+    in_snapshot: AtomicBool,
+    /// Who decides at markers and ends, if anybody does.
+    served: Option<Served>,
 }
 
 impl Program {
@@ -165,6 +207,8 @@ impl Program {
             forked: AtomicBool::new(false),
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
+            in_snapshot: AtomicBool::new(false),
+            served: None,
             threads: Threads::default(),
         }
     }
@@ -369,6 +413,9 @@ impl Program {
         // What other threads had in hand: pipes of their `vfork`s above all. The
         // parent's own journal, if it has one, is about one of them.
         core::mem::forget(locks.memory.journal.take());
+        // A child returns to nothing.
+        locks.memory.layers = None;
+        self.in_snapshot.store(false, Ordering::SeqCst);
         let mine = pipe.as_ref().map(AsRawFd::as_raw_fd);
         let passing = core::mem::take(&mut *self.passing());
         for fd in passing.into_iter().filter(|&fd| Some(fd) != mine) {
@@ -391,10 +438,44 @@ impl Program {
         self.journaling.load(Ordering::Relaxed)
     }
 
+    /// Has a service decide at the program's markers and ends.
+    pub(crate) fn set_served(&mut self, served: Served) {
+        let fds = self.fds.get_mut().unwrap_or_else(PoisonError::into_inner);
+        replace_fds(fds, &[], &served.descriptors());
+        self.served = Some(served);
+    }
+
+    /// What serves this process, which is not the case for children.
+    pub(crate) fn served(&self) -> Option<&Served> {
+        self.served.as_ref().filter(|_| !self.is_forked())
+    }
+
+    /// What the program did since the latest snapshot; the watch begins anew.
+    pub(crate) fn watch_taken(&self) -> Watch {
+        self.served
+            .as_ref()
+            .map_or_else(Watch::default, Served::take_watch)
+    }
+
+    /// Sets whether there is a snapshot to return to.
+    pub(crate) fn set_in_snapshot(&self, is: bool) {
+        self.in_snapshot.store(is, Ordering::SeqCst);
+    }
+
+    /// Whether there is a snapshot to return to.
+    pub(crate) fn is_in_snapshot(&self) -> bool {
+        self.in_snapshot.load(Ordering::Relaxed)
+    }
+
+    /// Whether somebody wants to know of writes to the memory.
+    fn notes_writes(&self) -> bool {
+        self.is_journaling() || self.is_in_snapshot()
+    }
+
     /// Notes that the kernel may write `len` bytes at `addr`, checked user
-    /// memory, on behalf of a child of `vfork`.
+    /// memory, on behalf of a child of `vfork` or after a snapshot.
     pub(crate) fn note_write(&self, addr: u64, len: u64) {
-        if self.is_journaling()
+        if self.notes_writes()
             && let Some(range) = UserRange::new(addr, len)
         {
             self.memory().note_write(self.pid(), range);

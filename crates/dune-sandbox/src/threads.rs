@@ -23,6 +23,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::engine::{EngineError, UserState};
 use crate::guard::End;
 use crate::signal::{SigSet, host};
+use crate::snapshot::Ending;
 
 /// How the program ended, or why it could not go on.
 pub(crate) type Finish = Result<End, EngineError>;
@@ -59,6 +60,8 @@ pub(crate) struct State {
     last_status: u8,
     finish: Option<Finish>,
     takeover: Option<Takeover>,
+    /// How a run of a served program ended, for the leader to see.
+    run_end: Option<Ending>,
 }
 
 /// The program is ending, or being replaced, by another thread: leave.
@@ -79,6 +82,8 @@ pub(crate) enum Wake {
     Finish(Finish),
     /// A new program.
     Takeover(Takeover),
+    /// The end of a run of a served program.
+    RunEnded(Ending),
 }
 
 impl Threads {
@@ -151,6 +156,20 @@ impl Threads {
         }
     }
 
+    /// A run of the served program `pid` has ended by another thread than the
+    /// leader, which is told.
+    pub(crate) fn end_run(&self, pid: u32, ending: Ending) {
+        let mut state = self.lock();
+        state.run_end.get_or_insert(ending);
+        host::kick(pid, pid);
+        self.changed.notify_all();
+    }
+
+    /// How the run ended, if another thread has said so.
+    pub(crate) fn take_run_end(&self) -> Option<Ending> {
+        self.lock().run_end.take()
+    }
+
     /// The thread `tid` of the process `pid` will replace the program: returns
     /// when all others have left.
     ///
@@ -177,7 +196,10 @@ impl Threads {
 
     /// The new program runs, on the thread that replaced the old one.
     pub(crate) fn replaced(&self) {
-        self.lock().phase = Phase::Running;
+        let mut state = self.lock();
+        state.phase = Phase::Running;
+        // By whatever the old one had ended.
+        state.run_end = None;
     }
 
     /// The new program was started by `tid`, which now leaves it to the leader.
@@ -204,6 +226,9 @@ impl Threads {
                 state.phase = Phase::Running;
                 state.members.insert(pid, Member::default());
                 return Wake::Takeover(takeover);
+            }
+            if let Some(ending) = state.run_end.take() {
+                return Wake::RunEnded(ending);
             }
             if state.members.is_empty() {
                 match state.phase {

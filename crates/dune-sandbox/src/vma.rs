@@ -98,6 +98,8 @@ pub struct Areas {
     map: BTreeMap<u64, (u64, Attributes)>,
     /// Sum of the areas' lengths.
     bytes: u64,
+    /// How often anything was changed.
+    changes: u64,
 }
 
 impl Areas {
@@ -111,6 +113,20 @@ impl Areas {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How often anything was changed: equal counts of one table mean equal
+    /// areas.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// Puts `earlier`, an earlier state of this table, back in its place.
+    pub(crate) fn return_to(&mut self, earlier: &Self) {
+        let changes = self.changes + 1;
+        self.clone_from(earlier);
+        self.changes = changes;
     }
 
     /// All areas from the lowest to the highest.
@@ -181,6 +197,7 @@ impl Areas {
 
     /// Maps `range`, replacing whatever was there.
     pub fn map(&mut self, range: PageRange, attributes: Attributes) {
+        self.changes += 1;
         self.unmap(range);
         self.insert(range.start(), range.end(), attributes);
         self.bytes += range.len();
@@ -189,6 +206,7 @@ impl Areas {
 
     /// Unmaps `range`; what is not mapped there stays so.
     pub fn unmap(&mut self, range: PageRange) {
+        self.changes += 1;
         self.split(range.start());
         self.split(range.end());
         let starts: Vec<u64> = self
@@ -212,6 +230,7 @@ impl Areas {
         if !self.is_mapped(range) {
             return Err(Hole);
         }
+        self.changes += 1;
         self.split(range.start());
         self.split(range.end());
         for (_, (_, attributes)) in self.map.range_mut(range.start()..range.end()) {

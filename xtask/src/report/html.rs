@@ -1,5 +1,6 @@
 //! The report's page.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use anyhow::Result;
@@ -77,21 +78,61 @@ fn write_section(text: &mut String, section: &Section) -> Result<()> {
         escape(&section.command()),
     );
     write_contenders(text, section);
-    let columns = section.columns();
-    write_table(text, section, &columns);
-    for row in &found.rows {
-        if let Some(svg) = figure::bars(row, &columns)? {
-            let _ = writeln!(
-                text,
-                "<figure>{svg}<figcaption>{}: {} ({})</figcaption></figure>",
-                escape(&row.id),
-                escape(&row.label),
-                escape(section.unit_of(row)),
-            );
+    for rows in groups(&found.rows) {
+        let columns = section.columns(&rows);
+        write_table(text, section, &rows, &columns);
+        for row in rows {
+            if let Some(svg) = figure::bars(row, &columns)? {
+                let _ = writeln!(
+                    text,
+                    "<figure>{svg}<figcaption>{}: {} ({})</figcaption></figure>",
+                    escape(&row.id),
+                    escape(&row.label),
+                    escape(section.unit_of(row)),
+                );
+            }
         }
     }
     text.push_str("</section>\n");
     Ok(())
+}
+
+/// The rows in tables: two rows whose contenders have nothing to do with each other are in
+/// different ones.
+fn groups(rows: &[Row]) -> Vec<Vec<&Row>> {
+    let names = |row: &Row| -> BTreeSet<String> {
+        row.values
+            .keys()
+            .chain(row.missing.keys())
+            .cloned()
+            .collect()
+    };
+    let mut groups: Vec<(BTreeSet<String>, Vec<usize>)> = Vec::new();
+    for (index, row) in rows.iter().enumerate() {
+        let mut all = names(row);
+        let mut members = vec![index];
+        // What this row connects is one group from here on.
+        let mut apart = Vec::new();
+        for (others, indexes) in groups {
+            if others.is_disjoint(&all) {
+                apart.push((others, indexes));
+            } else {
+                all.extend(others);
+                members.extend(indexes);
+            }
+        }
+        members.sort_unstable();
+        apart.push((all, members));
+        groups = apart;
+    }
+    groups.sort_by_key(|(_, members)| members.first().copied());
+    let rows_of = |(_, members): (_, Vec<usize>)| {
+        members
+            .into_iter()
+            .filter_map(|index| rows.get(index))
+            .collect()
+    };
+    groups.into_iter().map(rows_of).collect()
 }
 
 fn write_contenders(text: &mut String, section: &Section) {
@@ -115,13 +156,13 @@ fn write_contenders(text: &mut String, section: &Section) {
     text.push_str("</ul>\n");
 }
 
-fn write_table(text: &mut String, section: &Section, columns: &[&str]) {
+fn write_table(text: &mut String, section: &Section, rows: &[&Row], columns: &[&str]) {
     text.push_str("<table><tr><th>id</th>");
     for column in columns {
         let _ = write!(text, "<th>{}</th>", escape(column));
     }
     text.push_str("<th>aim</th><th>what</th></tr>\n");
-    for row in &section.found.rows {
+    for row in rows {
         let _ = write!(text, "<tr><td>{}</td>", escape(&row.id));
         for column in columns {
             write_cell(text, row, column);

@@ -1,12 +1,13 @@
 //! Which pages of a range were written: the ways of finding out, side by side.
 //!
 //! ```text
-//!   region      the memory, and how much of it is written
-//!   protect     mprotect and SIGSEGV
-//!   uffd        userfaultfd's write protection, resolved by a second thread
-//!   soft_dirty  the kernel's soft-dirty bits
-//!   kvm_log     KVM's dirty log, of a small virtual machine
-//!   dirty_bits  dune::dirty
+//!   region        the memory, and how much of it is written
+//!   protect       mprotect and SIGSEGV
+//!   uffd          userfaultfd's write protection, resolved by a second thread
+//!   soft_dirty    the kernel's soft-dirty bits
+//!   pagemap_scan  the kernel's PAGEMAP_SCAN, where it has it
+//!   kvm_log       KVM's dirty log, of a small virtual machine
+//!   dirty_bits    dune::dirty
 //! ```
 //!
 //! Every way goes through the same periods: it is *armed*, some pages are *written*, one byte
@@ -18,6 +19,7 @@
 
 mod dirty_bits;
 mod kvm_log;
+mod pagemap_scan;
 mod protect;
 mod region;
 mod soft_dirty;
@@ -201,11 +203,8 @@ pub(crate) fn run(choices: Choices) -> Report {
     suite.measure(MPROTECT, protect::Protect::new);
     suite.measure("uffd-wp", uffd::Uffd::new);
     suite.measure("soft-dirty", soft_dirty::SoftDirty::new);
+    suite.measure("pagemap-scan", pagemap_scan::PagemapScan::new);
     suite.measure("kvm-dirty-log", kvm_log::KvmLog::new);
-    suite.start.note(
-        "no figures of PAGEMAP_SCAN, which Linux has from 6.7 on: it collects what \
-         userfaultfd's asynchronous write protection marks",
-    );
     match host::without_ring0() {
         Some(reason) => suite.missing(DUNE, &reason),
         None => {

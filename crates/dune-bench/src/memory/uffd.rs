@@ -13,12 +13,12 @@ use super::region::{PAGE, Region};
 
 const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
+pub(super) const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const REGISTER_MODE_WP: u64 = 2;
 const MODE_WP: u64 = 1;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
+pub(super) const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const MESSAGE: usize = 32;
 /// Where `struct uffd_msg` has the address of a page fault.
@@ -37,28 +37,10 @@ pub(super) struct Uffd {
 
 impl Uffd {
     pub(super) fn new(region: &Region) -> Result<Self, String> {
-        // SAFETY: opens a descriptor.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
-        if fd < 0 {
-            let error = std::io::Error::last_os_error();
-            return Err(format!("userfaultfd: {error}"));
-        }
-        // SAFETY: a new descriptor that nobody else owns.
-        let file = Arc::new(unsafe { File::from_raw_fd(fd as libc::c_int) });
-        request(
-            &file,
-            UFFDIO_API,
-            &mut [UFFD_API, FEATURE_PAGEFAULT_FLAG_WP, 0],
-        )?;
+        let file = Arc::new(open(FEATURE_PAGEFAULT_FLAG_WP)?);
         let last = Region::new(PAGE);
         for range in [region, &last] {
-            let (start, bytes) = (range.start() as u64, range.bytes() as u64);
-            request(
-                &file,
-                UFFDIO_REGISTER,
-                &mut [start, bytes, REGISTER_MODE_WP, 0],
-            )?;
+            register(&file, range)?;
         }
         let found = Arc::new(Mutex::new(Vec::with_capacity(region.pages())));
         let thread = {
@@ -75,6 +57,27 @@ impl Uffd {
             last,
         })
     }
+}
+
+/// A new userfaultfd with these features.
+pub(super) fn open(features: u64) -> Result<File, String> {
+    // SAFETY: opens a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
+    if fd < 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(format!("userfaultfd: {error}"));
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let file = unsafe { File::from_raw_fd(fd as libc::c_int) };
+    request(&file, UFFDIO_API, &mut [UFFD_API, features, 0])?;
+    Ok(file)
+}
+
+/// Makes the region's pages known, so that they can be protected.
+pub(super) fn register(file: &File, region: &Region) -> Result<(), String> {
+    let (start, bytes) = (region.start() as u64, region.bytes() as u64);
+    let mut argument = [start, bytes, REGISTER_MODE_WP, 0];
+    request(file, UFFDIO_REGISTER, &mut argument)
 }
 
 /// Until the page `last` was written.
@@ -96,7 +99,11 @@ fn resolve(file: &File, found: &Mutex<Vec<u64>>, last: u64) {
     }
 }
 
-fn request(file: &File, number: libc::c_ulong, argument: &mut [u64]) -> Result<(), String> {
+pub(super) fn request(
+    file: &File,
+    number: libc::c_ulong,
+    argument: &mut [u64],
+) -> Result<(), String> {
     // SAFETY: the argument is as long as the request says.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), number, argument.as_mut_ptr()) };
     if result < 0 {

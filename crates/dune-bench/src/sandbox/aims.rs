@@ -1,9 +1,10 @@
 //! What Dune is held against. All bounds but one come from the other contenders' figures of
 //! the same run.
 
+use super::Matrix;
 use super::contender::{Contender, DUNE_GUEST, DUNE_HOST, NATIVE, PTRACE};
-use super::matrix::{Aim, Matrix, Row};
 use crate::clock::Unit;
+use crate::matrix::{Aim, Row};
 
 /// A forwarded call may take so many instructions: what the core suite allows for one of the
 /// process itself, and what the guard may add.

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::Matrix;
 use super::contender::Contender;
 use super::launch::{self, Limits};
-use super::matrix::{Matrix, RowUnit};
 use super::{Bench, announce, text};
 use crate::clock::Unit;
 use crate::crossings::compute;
+use crate::matrix::RowUnit;
 use crate::meter::Figure;
 
 /// Python's own loops, each of a fixed size; prints a line for each.
@@ -91,7 +92,7 @@ fn start_up(bench: &Bench, matrix: &mut Matrix, start: &Start) {
                         let all = ended.peak_kib.saturating_sub(LAUNCHER_KIB);
                         all.max(largest_kib) as f64
                     }
-                    RowUnit::Clock => bench.clock.per_operation(ticks, 1),
+                    _ => bench.clock.per_operation(ticks, 1),
                 })
             });
             matrix.put(id, contender.id, outcome);

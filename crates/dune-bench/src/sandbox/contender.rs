@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::launch::{self, Limits};
+use crate::matrix::Column;
 
 /// Way of running a program.
 #[derive(Clone, Debug)]
@@ -87,6 +88,25 @@ fn version(program: &str) -> Option<String> {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let line = text.lines().find(|line| !line.trim().is_empty())?;
     Some(line.trim().to_owned()).filter(|_| output.status.success())
+}
+
+impl Column for Contender {
+    fn id(&self) -> &'static str {
+        self.id
+    }
+
+    fn command(&self) -> String {
+        let words = self.prefix.iter().map(|word| word.to_string_lossy());
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    fn missing(&self) -> Option<&str> {
+        self.missing.as_deref()
+    }
 }
 
 impl Contender {

@@ -7,7 +7,6 @@
 //!   commands     start-up, memory, and fixed work, as whole commands
 //!   servers      redis and nginx under load
 //!   aims         what Dune is held against
-//!   matrix       a row for each thing, a column for each contender
 //!   launch       a command, its time limit, its processes
 //!   tracer       the ptrace-based tracer
 //! ```
@@ -16,7 +15,6 @@ mod aims;
 mod commands;
 mod contender;
 mod launch;
-mod matrix;
 mod operations;
 mod servers;
 pub(crate) mod tracer;
@@ -29,7 +27,9 @@ use anyhow::Context as _;
 use crate::clock::{Clock, Unit};
 use crate::host::Machine;
 use contender::Contender;
-pub(crate) use matrix::Matrix;
+
+/// A row for each thing, a column for each contender.
+pub(crate) type Matrix = crate::matrix::Matrix<Contender>;
 
 /// What the command line chose.
 #[derive(Clone, Debug)]

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::Matrix;
 use super::contender::Contender;
 use super::launch::{self, Limits};
-use super::matrix::{Matrix, RowUnit};
 use super::{Bench, announce};
+use crate::matrix::RowUnit;
 use crate::meter::Figure;
 
 /// Each operation, in the order in which they are tried: what may fail comes last.

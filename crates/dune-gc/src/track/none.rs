@@ -16,11 +16,5 @@ impl WriteTracker for Untracked {
         Ok(())
     }
 
-    fn will_write(&self, _: usize, _: usize) {}
-
     fn collect(&self, _: &Space) {}
-
-    fn traps(&self) -> u64 {
-        0
-    }
 }

@@ -65,7 +65,7 @@ pub(crate) fn close_range(guard: &mut Guard, args: Args) -> SysResult {
 }
 
 /// `first..=last` without the numbers in `hidden`, which is sorted.
-fn pieces(first: u32, last: u32, hidden: &[RawFd]) -> Vec<(u32, u32)> {
+pub(crate) fn pieces(first: u32, last: u32, hidden: &[RawFd]) -> Vec<(u32, u32)> {
     let mut pieces = Vec::new();
     let mut start = Some(first);
     for &fd in hidden {
@@ -109,7 +109,7 @@ pub(crate) fn close_on_exec(guard: &Guard) {
 
 /// All descriptors of the process, or `None` if it cannot be known: procfs is
 /// not there, or the program has left no descriptor for the folder.
-fn open_descriptors() -> Option<Vec<RawFd>> {
+pub(crate) fn open_descriptors() -> Option<Vec<RawFd>> {
     // All numbers are taken down before anything is closed, so that the
     // folder's own descriptor is gone again by then.
     std::fs::read_dir("/proc/self/fd")

@@ -9,7 +9,7 @@ use linux_raw_sys::ioctl::{FS_IOC_SETFLAGS, SIOCGIFCONF};
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
 use crate::calls::procfs::Folder;
-use crate::calls::{fd, forward, net, own, procfs, user_pointer};
+use crate::calls::{fd, forward, net, own, procfs};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::policy::Need;
@@ -156,14 +156,14 @@ pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {
         guard.count_missing(__NR_ioctl);
         return Err(Errno::ENOTTY);
     };
-    let argument = checked(kind, argument)?;
+    let argument = checked(guard, kind, argument)?;
     forward(__NR_ioctl, [fd, request, argument, 0, 0, 0])
 }
 
 pub(crate) fn fcntl(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, command, argument, ..] = args;
     let kind = fcntl_argument(command as u32).ok_or(Errno::EINVAL)?;
-    let argument = checked(kind, argument)?;
+    let argument = checked(guard, kind, argument)?;
     let args = [fd, command, argument, 0, 0, 0];
     if matches!(command as u32, F_DUPFD | F_DUPFD_CLOEXEC) {
         return fd::steadily::<__NR_fcntl>(guard, args);
@@ -171,10 +171,10 @@ pub(crate) fn fcntl(guard: &mut Guard, args: Args) -> SysResult {
     forward(__NR_fcntl, args)
 }
 
-fn checked(kind: Argument, argument: u64) -> Result<u64, Errno> {
+fn checked(guard: &Guard, kind: Argument, argument: u64) -> Result<u64, Errno> {
     match kind {
         Argument::Value => Ok(argument),
-        Argument::Bytes(len) => user_pointer(argument, len),
+        Argument::Bytes(len) => guard.user_output(argument, len),
     }
 }
 

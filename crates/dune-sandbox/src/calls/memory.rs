@@ -31,6 +31,7 @@ use crate::policy::Remedy;
 use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
 use crate::table::Args;
+use crate::user::{load_page, store_page};
 use crate::vma::{Attributes, Backing, Sharing, effective};
 
 /// Where the program's memory grows.
@@ -105,6 +106,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
         MAP_FIXED_NOREPLACE
     } else {
         guard.revoke(range)?;
+        memory.set_aside(range)?;
         MAP_FIXED
     };
     let host_flags = (flags & (PLAIN_FLAGS | MAP_TYPE)) | place;
@@ -306,6 +308,7 @@ pub(crate) fn unmap(guard: &mut Guard, memory: &mut Memory, range: PageRange) ->
         return Ok(());
     }
     guard.revoke(range)?;
+    memory.set_aside(range)?;
     forward_always(__NR_munmap, [range.start(), range.len(), 0, 0, 0, 0])?;
     memory.areas.unmap(range);
     Ok(())
@@ -377,6 +380,9 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
         }
         None => old,
     };
+    if memory.is_in_snapshot(old) {
+        return move_by_copy(guard, memory, old, new, attributes);
+    }
     guard.revoke(old)?;
     let moving = u64::from(MREMAP_MAYMOVE | MREMAP_FIXED);
     let args = [old.start(), old.len(), new_len, moving, new.start(), 0];
@@ -388,6 +394,45 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     }
     memory.areas.unmap(old);
     memory.areas.map(new, attributes);
+    Ok(new.start())
+}
+
+/// Moves memory of which a snapshot needs the old place: a copy goes to the
+/// program. Only memory that is the program's alone can be copied.
+fn move_by_copy(
+    guard: &mut Guard,
+    memory: &mut Memory,
+    old: PageRange,
+    new: PageRange,
+    attributes: Attributes,
+) -> SysResult {
+    let plain = attributes.sharing == Sharing::Private && attributes.backing != Backing::File;
+    let access = attributes.access;
+    if !plain || !effective(access).contains(Access::READ) {
+        return Err(Errno::ENOMEM);
+    }
+    let writable = access | Access::READ | Access::WRITE;
+    map_anonymous(
+        memory,
+        new,
+        Attributes {
+            access: writable,
+            ..attributes
+        },
+    )?;
+    let pages = (old.start()..old.end()).step_by(PAGE_SIZE as usize);
+    let mut contents = [0; PAGE_SIZE as usize];
+    for (from, to) in pages.zip((new.start()..).step_by(PAGE_SIZE as usize)) {
+        load_page(from, &mut contents);
+        // What was never touched stays so.
+        if contents.iter().any(|&byte| byte != 0) {
+            store_page(to, &contents);
+        }
+    }
+    if writable != access {
+        protect_piece(memory, new, writable, access)?;
+    }
+    unmap(guard, memory, old)?;
     Ok(new.start())
 }
 
@@ -476,6 +521,37 @@ pub(crate) fn map_file(
     Ok(())
 }
 
+/// Before the contents of `range` go: keeps what a snapshot needs of it. Memory
+/// without a file gives way to fresh memory, which has nothing to be discarded.
+fn keep_before_discarding(guard: &mut Guard, range: PageRange) -> Result<(), Errno> {
+    let program = Arc::clone(&guard.program);
+    let mut memory = program.memory_mut();
+    let Some(parts) = memory.with_top(|top| top.parts_of(range)) else {
+        return Ok(());
+    };
+    for part in parts {
+        let areas: Vec<_> = memory.areas.overlapping(part).collect();
+        for area in areas {
+            let Some(piece) = area.range.intersect(part) else {
+                continue;
+            };
+            match (area.attributes.sharing, area.attributes.backing) {
+                (Sharing::Shared, _) => {}
+                (Sharing::Private, Backing::File) => {
+                    if let Some(bytes) = UserRange::new(piece.start(), piece.len()) {
+                        memory.note_write(program.pid(), bytes);
+                    }
+                }
+                (Sharing::Private, _) => {
+                    unmap(guard, &mut memory, piece)?;
+                    map_anonymous(&mut memory, piece, area.attributes)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Sets the rights of pages that are mapped.
 pub(crate) fn set_access(guard: &mut Guard, range: PageRange, access: Access) -> Result<(), Errno> {
     let prot = u64::from(access.bits());
@@ -529,8 +605,10 @@ pub(crate) fn madvise(guard: &mut Guard, args: Args) -> SysResult {
     let range = UserRange::new(addr, len)
         .and_then(PageRange::covering)
         .ok_or(Errno::ENOMEM)?;
+    if matches!(advice, MADV_DONTNEED | MADV_FREE | MADV_REMOVE) {
+        keep_before_discarding(guard, range)?;
+    }
     // Rights do not change, only contents: page tables stay as they are.
-    let _ = guard;
     forward_always(
         __NR_madvise,
         [range.start(), range.len(), u64::from(advice), 0, 0, 0],

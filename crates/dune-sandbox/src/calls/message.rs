@@ -28,7 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::calls::net::{ADDRESS_MAX, Address, bounded};
 use crate::calls::net_policy::Naming;
-use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
+use crate::calls::{forward, forward_always, own, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -106,9 +106,9 @@ impl Message {
             let len = name_len(header)?;
             header.name_len = len as u32;
             // Of no bytes the pointer stays: the kernel tells the length.
-            header.name = user_pointer(header.name, len.max(1))?;
+            header.name = guard.user_output(header.name, len.max(1))?;
         }
-        header.control = user_pointer(header.control, header.control_len)?;
+        header.control = guard.user_output(header.control, header.control_len)?;
         header.control_len = if header.control == 0 {
             0
         } else {

@@ -167,6 +167,17 @@ pub(crate) fn user_pointer(addr: u64, len: u64) -> Result<u64, Errno> {
 }
 
 impl Guard {
+    /// As [`user_pointer`], for memory that the host kernel may write.
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub(crate) fn user_output(&self, addr: u64, len: u64) -> Result<u64, Errno> {
+        let at = user_pointer(addr, len)?;
+        self.program.note_write(at, len);
+        Ok(at)
+    }
+
     /// Checks the arguments of `call` by its row in the table.
     ///
     /// # Errors
@@ -184,9 +195,7 @@ impl Guard {
                 Arg::In(size) => user_pointer(value, byte_count(size, &args)?)?,
                 Arg::Out(size) | Arg::InOut(size) => {
                     let len = byte_count(size, &args)?;
-                    let at = user_pointer(value, len)?;
-                    self.program.note_write(at, len);
-                    at
+                    self.user_output(value, len)?
                 }
                 Arg::Pages(len) => {
                     let pages = UserRange::new(value, args[usize::from(len)]);

@@ -14,7 +14,7 @@ use linux_raw_sys::net::{
 };
 
 use crate::calls::net_policy::Naming;
-use crate::calls::{forward, forward_always, own, own_mut, user_pointer};
+use crate::calls::{forward, forward_always, own, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -187,7 +187,7 @@ pub(crate) fn list_interfaces(guard: &mut Guard, fd: u64, argument: u64) -> SysR
     const LEN: u64 = 0xffff_ffff;
     let [len, list]: [u64; 2] = guard.memory().read_value(argument)?;
     let len = len & LEN;
-    let mut copy = [len, user_pointer(list, len)?];
+    let mut copy = [len, guard.user_output(list, len)?];
     let args = [fd, u64::from(SIOCGIFCONF), own_mut(&mut copy), 0, 0, 0];
     let result = forward(__NR_ioctl, args)?;
     guard.memory().write_value(argument, &(copy[0] as u32))?;

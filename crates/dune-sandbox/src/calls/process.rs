@@ -15,7 +15,7 @@ use linux_raw_sys::prctl::{
     PR_SET_PDEATHSIG, PR_SET_THP_DISABLE, PR_SET_TIMERSLACK,
 };
 
-use crate::calls::{Answer, forward, forward_always, own, own_mut, user_pointer};
+use crate::calls::{Answer, forward, forward_always, own, own_mut};
 use crate::engine::UserState;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -285,7 +285,14 @@ pub(crate) fn prctl(guard: &mut Guard, args: Args) -> SysResult {
     let option = option as u32;
     let plain = [u64::from(option), second, 0, 0, 0, 0];
     let to_user = |len: u64| -> Result<Args, Errno> {
-        Ok([u64::from(option), user_pointer(second, len)?, 0, 0, 0, 0])
+        Ok([
+            u64::from(option),
+            guard.user_output(second, len)?,
+            0,
+            0,
+            0,
+            0,
+        ])
     };
     match option {
         PR_SET_NAME => {

@@ -9,7 +9,7 @@
 use linux_raw_sys::general::{__NR_getsockopt, __NR_setsockopt};
 use linux_raw_sys::net::*;
 
-use crate::calls::{forward, own_mut, user_pointer};
+use crate::calls::{forward, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -270,7 +270,7 @@ pub(crate) fn getsockopt(guard: &mut Guard, args: Args) -> SysResult {
     let mut len: i32 = guard.memory().read_value(len_at)?;
     let bytes = u64::try_from(len).map_err(|_| Errno::EINVAL)?;
     // With no bytes the kernel still tells whether it knows the option.
-    let value = user_pointer(value, bytes)?;
+    let value = guard.user_output(value, bytes)?;
     let result = forward(
         __NR_getsockopt,
         [fd, level, name, value, own_mut(&mut len), 0],

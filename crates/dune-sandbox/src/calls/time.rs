@@ -18,7 +18,7 @@ pub(crate) fn futex(guard: &mut Guard, args: Args) -> SysResult {
     const WORD: u64 = 4;
     const TIMESPEC: u64 = 16;
     let [word, op, value, timeout, second, value3] = args;
-    let word = user_pointer(word, WORD)?;
+    let word = guard.user_output(word, WORD)?;
     let command = (op as u32) & (FUTEX_CMD_MASK as u32);
     let args = match command {
         FUTEX_WAIT | FUTEX_WAIT_BITSET | FUTEX_LOCK_PI | FUTEX_LOCK_PI2 => {
@@ -35,7 +35,7 @@ pub(crate) fn futex(guard: &mut Guard, args: Args) -> SysResult {
             op,
             value,
             user_pointer(timeout, TIMESPEC)?,
-            user_pointer(second, WORD)?,
+            guard.user_output(second, WORD)?,
             value3,
         ],
         // Here the fourth argument is a number.
@@ -44,7 +44,7 @@ pub(crate) fn futex(guard: &mut Guard, args: Args) -> SysResult {
             op,
             value,
             timeout,
-            user_pointer(second, WORD)?,
+            guard.user_output(second, WORD)?,
             value3,
         ],
         _ => return Err(Errno::ENOSYS),

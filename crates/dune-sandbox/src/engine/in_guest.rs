@@ -243,6 +243,10 @@ impl Engine for InGuest {
         self.space.unmap(virt_range(range))
     }
 
+    fn needs_host_change(&self) -> bool {
+        false
+    }
+
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
         Ok(Box::new(Sown(Arc::clone(&self.space))))
     }

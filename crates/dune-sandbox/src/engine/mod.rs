@@ -271,6 +271,12 @@ pub trait Engine {
     /// If the tables cannot be edited.
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError>;
 
+    /// Whether [`Engine::revoke`] takes effect only together with a change of
+    /// the host's mapping that follows it: on a KVM that shadows page tables.
+    fn needs_host_change(&self) -> bool {
+        true
+    }
+
     /// Makes ready what an engine for a further thread of the program needs
     /// that this thread must provide. May make descriptors.
     ///

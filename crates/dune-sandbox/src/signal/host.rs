@@ -6,16 +6,20 @@
 )]
 
 use core::arch::naked_asm;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use linux_raw_sys::general::{
     __NR_exit_group, __NR_getpid, __NR_gettid, __NR_prlimit64, __NR_rt_sigaction,
     __NR_rt_sigprocmask, __NR_rt_sigreturn, __NR_rt_tgsigqueueinfo, __NR_tgkill, RLIMIT_CORE,
-    SA_NOCLDSTOP, SA_NOCLDWAIT, SA_RESTORER, SA_SIGINFO,
+    SA_NOCLDSTOP, SA_NOCLDWAIT, SA_RESTORER, SA_SIGINFO, SIGHUP, SIGINT, SIGQUIT, SIGTERM,
 };
 
 use crate::host::{SysResult, syscall};
 use crate::signal::record::{KICK, call_interruptible, kick_info, recorder, take, take_kick};
-use crate::signal::{Action, Disposition, SIG_DFL, SIG_IGN, SIGNALS, SigSet, bit};
+use crate::signal::{
+    Action, DefaultAction, Disposition, SIG_DFL, SIG_IGN, SIGKILL, SIGNALS, SigSet, bit,
+    default_action,
+};
 
 /// Bytes of the kernel's signal set.
 const SIGSET_LEN: u64 = 8;
@@ -38,12 +42,38 @@ pub(crate) fn disposition(signal: u32) -> Option<Action> {
         .map(|_| old)
 }
 
+/// Whether fatal signals are the guard's to see.
+static RECORDS_FATAL: AtomicBool = AtomicBool::new(false);
+
+/// From now on signals whose default action is to end the process are noted as
+/// those with a handler are, except those by which people end programs.
+pub(crate) fn record_fatal_signals() {
+    RECORDS_FATAL.store(true, Ordering::Relaxed);
+}
+
+/// Whether the guard sees to the default action of `signal`.
+fn records_default(signal: u32) -> bool {
+    let by_people = matches!(signal, SIGHUP | SIGINT | SIGQUIT | SIGTERM | SIGKILL);
+    RECORDS_FATAL.load(Ordering::Relaxed)
+        && !by_people
+        && default_action(signal) == DefaultAction::Terminate
+}
+
 /// Gives `signal` its default action.
 pub(crate) fn set_default(signal: u32) {
     if signal == KICK {
         listen_to_kicks();
         return;
     }
+    if records_default(signal) {
+        let _ = record_it(signal, 0);
+        return;
+    }
+    set_hosts_default(signal);
+}
+
+/// Gives `signal` the host's own default action, whoever serves the program.
+pub(crate) fn set_hosts_default(signal: u32) {
     // Fails only for signals whose action cannot be changed.
     let _ = set(
         signal,
@@ -64,6 +94,7 @@ pub(crate) fn install(signal: u32, action: &Action) -> SysResult {
     }
     let kept = action.flags & u64::from(SA_NOCLDSTOP | SA_NOCLDWAIT);
     match action.disposition() {
+        Disposition::Default if records_default(signal) => record_it(signal, kept),
         Disposition::Default => set(
             signal,
             &Action {

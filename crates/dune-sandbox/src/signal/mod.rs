@@ -231,7 +231,7 @@ impl ThreadSignals {
 }
 
 /// What the program does with each signal: the same for all of its threads.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Dispositions {
     actions: [Action; SIGNALS as usize],
 }

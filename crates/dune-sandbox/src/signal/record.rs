@@ -168,7 +168,7 @@ pub(crate) unsafe extern "C" fn recorder(signal: i32, info: *const SigInfo, cont
     if info.is_fault_of_the_thread() {
         // A defect of the guard itself: nothing of the program's memory is
         // touched without a check. Let the fault happen again, for good.
-        crate::signal::host::set_default(signal as u32);
+        crate::signal::host::set_hosts_default(signal as u32);
         return;
     }
     let kicked = is_kick(&info);

@@ -5,34 +5,46 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::contender::Contender;
 use crate::clock::{Clock, Unit};
 use crate::host::{self, Machine};
 use crate::meter::Figure;
 use crate::report::{Number, number};
 
+/// Who has a column.
+pub(crate) trait Column {
+    /// Its name, and the column's.
+    fn id(&self) -> &'static str;
+    /// What a program is put behind; may be empty.
+    fn command(&self) -> String;
+    fn version(&self) -> Option<&str>;
+    /// Why it has no figures here.
+    fn missing(&self) -> Option<&str>;
+}
+
 /// What a row is counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowUnit {
+pub(crate) enum RowUnit {
     /// As the run's clock counts.
     Clock,
     /// Memory.
     Kib,
+    /// Things that happened.
+    Count,
 }
 
 /// What a contender must not exceed.
 #[derive(Clone, Debug)]
-pub(super) struct Aim {
-    pub(super) contender: &'static str,
-    pub(super) at_most: f64,
+pub(crate) struct Aim {
+    pub(crate) contender: &'static str,
+    pub(crate) at_most: f64,
     /// Where the bound comes from.
-    pub(super) because: String,
+    pub(crate) because: String,
 }
 
 /// One measured thing.
 #[derive(Clone, Debug)]
-pub(super) struct Row {
-    pub(super) id: String,
+pub(crate) struct Row {
+    pub(crate) id: String,
     label: String,
     unit: RowUnit,
     outcomes: BTreeMap<&'static str, Result<Figure, String>>,
@@ -40,16 +52,16 @@ pub(super) struct Row {
 }
 
 impl Row {
-    pub(super) fn median(&self, contender: &str) -> Option<f64> {
+    pub(crate) fn median(&self, contender: &str) -> Option<f64> {
         let outcome = self.outcomes.get(contender)?;
         outcome.as_ref().ok().map(|figure| figure.median)
     }
 
-    pub(super) fn is_time(&self) -> bool {
+    pub(crate) fn is_time(&self) -> bool {
         self.unit == RowUnit::Clock
     }
 
-    pub(super) fn add_aim(&mut self, aim: Aim) {
+    pub(crate) fn add_aim(&mut self, aim: Aim) {
         self.aims.push(aim);
     }
 
@@ -61,15 +73,15 @@ impl Row {
 
 /// Everything that a run found.
 #[derive(Clone, Debug)]
-pub(crate) struct Matrix {
+pub(crate) struct Matrix<C> {
     machine: Machine,
     clock: Clock,
-    contenders: Vec<Contender>,
+    contenders: Vec<C>,
     rows: Vec<Row>,
 }
 
-impl Matrix {
-    pub(super) fn new(machine: Machine, clock: Clock, contenders: Vec<Contender>) -> Self {
+impl<C: Column + Clone> Matrix<C> {
+    pub(crate) fn new(machine: Machine, clock: Clock, contenders: Vec<C>) -> Self {
         Self {
             machine,
             clock,
@@ -79,16 +91,16 @@ impl Matrix {
     }
 
     /// The contenders that can run something here.
-    pub(super) fn able(&self) -> Vec<Contender> {
-        let able = self.contenders.iter().filter(|one| one.missing.is_none());
+    pub(crate) fn able(&self) -> Vec<C> {
+        let able = self.contenders.iter().filter(|one| one.missing().is_none());
         able.cloned().collect()
     }
 
-    pub(super) fn unit(&self) -> Unit {
+    pub(crate) fn unit(&self) -> Unit {
         self.clock.unit()
     }
 
-    pub(super) fn add_row(&mut self, id: &str, label: &str, unit: RowUnit) {
+    pub(crate) fn add_row(&mut self, id: &str, label: &str, unit: RowUnit) {
         self.rows.push(Row {
             id: id.to_owned(),
             label: label.to_owned(),
@@ -99,7 +111,7 @@ impl Matrix {
     }
 
     /// What a contender's figure is, or why it has none.
-    pub(super) fn put(
+    pub(crate) fn put(
         &mut self,
         id: &str,
         contender: &'static str,
@@ -110,7 +122,7 @@ impl Matrix {
         }
     }
 
-    pub(super) fn rows_mut(&mut self) -> &mut [Row] {
+    pub(crate) fn rows_mut(&mut self) -> &mut [Row] {
         &mut self.rows
     }
 
@@ -118,6 +130,7 @@ impl Matrix {
         match row.unit {
             RowUnit::Clock => self.clock.unit().to_string(),
             RowUnit::Kib => "KiB".to_owned(),
+            RowUnit::Count => "count".to_owned(),
         }
     }
 
@@ -128,21 +141,35 @@ impl Matrix {
         let _ = writeln!(text, "machine    {}", self.machine.line());
         let _ = writeln!(text, "clock      {}", self.clock);
         let _ = writeln!(text, "unit       {unit} (memory: KiB), medians\n");
+        text.push_str(&self.body());
+        text
+    }
+
+    /// The table without what it says of the machine.
+    pub(crate) fn body(&self) -> String {
+        let mut text = String::new();
         let able = self.able();
-        let _ = write!(text, "{:<16}", "id");
+        let width = self.rows.iter().map(|row| row.id.len()).max();
+        let width = width.unwrap_or(0).max(16);
+        let _ = write!(text, "{:<width$}", "id");
         for contender in &able {
-            let _ = write!(text, " {:>13}", contender.id);
+            let _ = write!(
+                text,
+                " {:>1$}",
+                contender.id(),
+                contender.id().len().max(13)
+            );
         }
         text.push_str("  what\n");
         for row in &self.rows {
-            let _ = write!(text, "{:<16}", row.id);
+            let _ = write!(text, "{:<width$}", row.id);
             for contender in &able {
-                let cell = match row.outcomes.get(contender.id) {
+                let cell = match row.outcomes.get(contender.id()) {
                     Some(Ok(figure)) => number(figure.median),
                     Some(Err(_)) => "cannot".to_owned(),
                     None => String::new(),
                 };
-                let _ = write!(text, " {cell:>13}");
+                let _ = write!(text, " {cell:>0$}", contender.id().len().max(13));
             }
             let _ = writeln!(text, "  {}", row.label);
         }
@@ -155,8 +182,8 @@ impl Matrix {
     fn reasons(&self, text: &mut String) {
         text.push('\n');
         for contender in &self.contenders {
-            if let Some(reason) = &contender.missing {
-                let _ = writeln!(text, "  not here: {}: {reason}", contender.id);
+            if let Some(reason) = contender.missing() {
+                let _ = writeln!(text, "  not here: {}: {reason}", contender.id());
             }
         }
         // One line for each reason, however many rows it concerns.
@@ -205,10 +232,18 @@ impl Matrix {
             machine: &self.machine,
             placement: host::placement().name(),
             unit: self.clock.unit().to_string(),
-            contenders: self.contenders.iter().map(JsonContender::of).collect(),
-            rows: self.rows.iter().map(|row| self.json_row(row)).collect(),
+            contenders: self.json_contenders(),
+            rows: self.json_rows(),
         };
         Ok(serde_json::to_string_pretty(&report)?)
+    }
+
+    pub(crate) fn json_contenders(&self) -> Vec<JsonContender<'_>> {
+        self.contenders.iter().map(JsonContender::of).collect()
+    }
+
+    pub(crate) fn json_rows(&self) -> Vec<JsonRow<'_>> {
+        self.rows.iter().map(|row| self.json_row(row)).collect()
     }
 
     fn json_row<'a>(&self, row: &'a Row) -> JsonRow<'a> {
@@ -256,7 +291,7 @@ struct JsonReport<'a> {
 }
 
 #[derive(Debug, Serialize)]
-struct JsonContender<'a> {
+pub(crate) struct JsonContender<'a> {
     id: &'a str,
     command: String,
     version: Option<&'a str>,
@@ -264,19 +299,18 @@ struct JsonContender<'a> {
 }
 
 impl<'a> JsonContender<'a> {
-    fn of(contender: &'a Contender) -> Self {
-        let words = contender.prefix.iter().map(|word| word.to_string_lossy());
+    fn of(contender: &'a impl Column) -> Self {
         Self {
-            id: contender.id,
-            command: words.collect::<Vec<_>>().join(" "),
-            version: contender.version.as_deref(),
-            missing: contender.missing.as_deref(),
+            id: contender.id(),
+            command: contender.command(),
+            version: contender.version(),
+            missing: contender.missing(),
         }
     }
 }
 
 #[derive(Debug, Serialize)]
-struct JsonRow<'a> {
+pub(crate) struct JsonRow<'a> {
     id: &'a str,
     label: &'a str,
     unit: String,

@@ -1,0 +1,215 @@
+//! A full collection beside the running program: *mostly concurrent* marking (Boehm, Demers
+//! and Shenker, PLDI 1991).
+//!
+//! ```text
+//! program    ======|  |=================================|    |=====
+//!                  roots                              what was written
+//! marker           |  |----- mark ----- | clean | clean |    |
+//!                  first pause                        last pause
+//! ```
+//!
+//! What the program writes meanwhile, the tracker knows: after the marker has followed all
+//! that the roots led to, it looks again at the marked objects of written pages, first beside
+//! the program (*cleaning*), then once more with the world stopped. Cells that are allocated
+//! during the cycle are live at its end, whatever happens to them; they are told by the
+//! cursors of their blocks, so allocating costs no more than at other times.
+//!
+//! Why nothing live is lost: suppose a live object is unmarked at the end. Follow a path to it
+//! from a root of the last pause; some marked object (or root) on it points to an unmarked
+//! one. Roots are looked at in the last pause. The marked object was looked at after it was
+//! marked; it got the pointer later, so its page was written later, and it was looked at again.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::block::Kind;
+use crate::heap::Core;
+use crate::mark::{MarkStack, Marker};
+
+/// How often the marker looks at written pages beside the program, at most.
+const CLEANINGS: usize = 3;
+/// Written pages that are left for the last pause rather than cleaned once more.
+const FEW_PAGES: u64 = 64;
+
+/// Whether a cycle runs, and the wish for one.
+#[derive(Debug, Default)]
+pub(crate) struct Cycle {
+    is_running: AtomicBool,
+    wish: Mutex<Wish>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Wish {
+    #[default]
+    Nothing,
+    Cycle,
+    End,
+}
+
+impl Cycle {
+    /// Whether objects are being marked beside the program.
+    pub(crate) fn is_running(&self) -> bool {
+        self.is_running.load(Ordering::Relaxed)
+    }
+
+    /// Asks for a cycle, unless one is asked for or the thread is to end.
+    pub(crate) fn ask(&self) {
+        let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        if *wish == Wish::Nothing {
+            *wish = Wish::Cycle;
+            self.is_running.store(true, Ordering::Relaxed);
+            self.changed.notify_all();
+        }
+    }
+
+    fn end(&self) {
+        *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = Wish::End;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) -> Wish {
+        let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        let wish = self
+            .changed
+            .wait_while(wish, |wish| *wish == Wish::Nothing)
+            .unwrap_or_else(PoisonError::into_inner);
+        *wish
+    }
+
+    fn done(&self) {
+        let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        if *wish == Wish::Cycle {
+            *wish = Wish::Nothing;
+        }
+        self.is_running.store(false, Ordering::Relaxed);
+    }
+}
+
+/// The thread that marks beside the program. Dropped, it ends.
+#[derive(Debug)]
+pub(crate) struct MarkerThread {
+    core: Arc<Core>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl MarkerThread {
+    pub(crate) fn start(core: &Arc<Core>) -> std::io::Result<Self> {
+        let shared = Arc::clone(core);
+        let thread = crate::signals::with_all_blocked(|| {
+            std::thread::Builder::new()
+                .name("dune-gc-marker".to_owned())
+                .spawn(move || {
+                    while shared.cycle.wait() == Wish::Cycle {
+                        shared.run_cycle();
+                        shared.cycle.done();
+                    }
+                })
+        })?;
+        core.has_marker.store(true, Ordering::Relaxed);
+        Ok(Self {
+            core: Arc::clone(core),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for MarkerThread {
+    fn drop(&mut self) {
+        self.core.has_marker.store(false, Ordering::Relaxed);
+        self.core.cycle.end();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Core {
+    fn run_cycle(&self) {
+        let mut stack = self.collector();
+        self.before_stop();
+        self.space.clear_other_bitmaps();
+        let mut marker = self.first_pause(&mut stack);
+        marker.drain();
+        for _ in 0..CLEANINGS {
+            let before = marker.pages_scanned;
+            self.tracker.collect(&self.space);
+            self.mark_new_cells(&marker);
+            marker.scan_dirty();
+            marker.drain();
+            if marker.pages_scanned - before <= FEW_PAGES {
+                break;
+            }
+        }
+        self.last_pause(marker);
+    }
+
+    /// From here on, every write is known, and every cell that is allocated.
+    fn first_pause<'a>(&'a self, stack: &'a mut MarkStack) -> Marker<'a> {
+        let begin = Instant::now();
+        let stopped = self.world.stop(self.parameters.stop_signal);
+        self.tracker.collect(&self.space);
+        self.space.clear_dirty();
+        for number in 0..self.space.used_blocks() {
+            let block = self.space.block(number);
+            let cursor = block.cursor.load(Ordering::Relaxed);
+            block.cycle_cursor.store(cursor, Ordering::Relaxed);
+        }
+        let other = self.space.current() ^ 1;
+        self.keep_buffers(&stopped, other);
+        let mut marker = Marker::new(&self.space, stack, other);
+        self.mark_roots(&stopped, &mut marker);
+        self.allocated.store(0, Ordering::Relaxed);
+        drop(stopped);
+        self.counters.paused(begin.elapsed());
+        marker
+    }
+
+    fn last_pause(&self, mut marker: Marker<'_>) {
+        self.before_stop();
+        let begin = Instant::now();
+        let stopped = self.world.stop(self.parameters.stop_signal);
+        self.tracker.collect(&self.space);
+        self.mark_new_cells(&marker);
+        marker.scan_dirty();
+        self.mark_roots(&stopped, &mut marker);
+        marker.drain();
+        self.finalize_unreachable(&mut marker);
+        let pages = marker.pages_scanned;
+        self.counters
+            .pages_scanned
+            .fetch_add(pages, Ordering::Relaxed);
+        self.space.exchange_bitmaps();
+        self.reclaim_all();
+        self.cycle.is_running.store(false, Ordering::Relaxed);
+        drop(stopped);
+        self.counters.paused(begin.elapsed());
+        self.counters.collections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Marks the cells that were allocated since the cycle began or since the last time. Their
+    /// words are looked at when their pages are, which are written ones.
+    fn mark_new_cells(&self, marker: &Marker<'_>) {
+        for number in 0..self.space.used_blocks() {
+            let block = self.space.block(number);
+            if matches!(block.kind(), Kind::Free | Kind::Tail) {
+                continue;
+            }
+            let from = block.cycle_cursor.load(Ordering::Relaxed);
+            let to = block.cursor.load(Ordering::Acquire);
+            if from >= to {
+                continue;
+            }
+            block.cycle_cursor.store(to, Ordering::Relaxed);
+            let old = self.space.bitmap(self.space.current(), number);
+            let new = marker.bitmap(number);
+            let mut cell = old.next_clear(from, to);
+            while cell < to {
+                new.set(cell);
+                cell = old.next_clear(cell + 1, to);
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! A heap, and what can be chosen about it.
+
+use std::sync::Arc;
+
+use super::mutator::Mutator;
+use crate::cycle::MarkerThread;
+use crate::error::GcError;
+use crate::heap::{Core, Parameters};
+use crate::provider::Provider;
+use crate::stats::Stats;
+
+/// Choices for a heap.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct Config {
+    provider: Provider,
+    parameters: Parameters,
+    is_concurrent: bool,
+}
+
+impl Config {
+    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking.
+    pub fn new() -> Self {
+        Self {
+            provider: Provider::Auto,
+            parameters: Parameters::default(),
+            is_concurrent: true,
+        }
+    }
+
+    /// Who finds out which pages were written.
+    pub fn provider(mut self, provider: Provider) -> Self {
+        self.provider = provider;
+        self
+    }
+
+    /// How many bytes of addresses are reserved: the heap never grows beyond. Fewer, where
+    /// the process's limits do not allow so many; at least 64 MiB.
+    pub fn max_bytes(mut self, bytes: usize) -> Self {
+        self.parameters.reservation = bytes;
+        self
+    }
+
+    /// How many bytes are allocated between two collections at least. Fewer make pauses
+    /// shorter, more make collections rarer.
+    pub fn young_bytes(mut self, bytes: usize) -> Self {
+        self.parameters.least_allowance = bytes.max(1);
+        self
+    }
+
+    /// Full collections stop the world rather than mark beside it.
+    pub fn stop_the_world(mut self) -> Self {
+        self.is_concurrent = false;
+        self
+    }
+
+    /// Collects at every safepoint: for tests.
+    pub fn stress(mut self) -> Self {
+        self.parameters.is_stressed = true;
+        self
+    }
+
+    /// How many objects can wait to be looked at; what does not fit is found again by a
+    /// search. For tests.
+    #[doc(hidden)]
+    pub fn mark_stack_entries(mut self, entries: usize) -> Self {
+        self.parameters.mark_stack_entries = entries;
+        self
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A garbage-collected heap. Cloning gives another handle to the same one; it goes with the
+/// last handle, mutator and root, and what it holds is dropped then.
+#[derive(Clone, Debug)]
+pub struct Heap(pub(super) Arc<Owner>);
+
+/// Ends the marker's thread before the heap goes.
+#[derive(Debug)]
+pub(super) struct Owner {
+    _marker: Option<MarkerThread>,
+    pub(super) core: Arc<Core>,
+}
+
+impl Heap {
+    /// Makes a heap. Some milliseconds with [`Provider::Dune`] the first time, otherwise some
+    /// system calls and, unless it stops the world, a thread.
+    ///
+    /// # Errors
+    /// [`GcError`].
+    pub fn new(config: Config) -> Result<Self, GcError> {
+        let core = Arc::new(Core::new(config.parameters, config.provider)?);
+        // Without the thread, full collections stop the world.
+        let marker = (config.is_concurrent && core.tracker.is_tracking())
+            .then(|| MarkerThread::start(&core).ok())
+            .flatten();
+        Ok(Self(Arc::new(Owner {
+            _marker: marker,
+            core,
+        })))
+    }
+
+    /// Registers the calling thread, until the mutator is dropped. A system call or two.
+    ///
+    /// # Errors
+    /// [`GcError`]: the thread's writes cannot be tracked, or it is registered already.
+    pub fn attach(&self) -> Result<Mutator, GcError> {
+        Mutator::new(self.clone())
+    }
+
+    /// What the heap has done so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.0.core.stats()
+    }
+}

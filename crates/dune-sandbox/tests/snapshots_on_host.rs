@@ -1,0 +1,60 @@
+//! Snapshots of programs, with the engine on host.
+#![expect(unsafe_code, reason = "the programs spoil their own memory")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "what the programs do to themselves is all of one kind"
+)]
+
+mod snapshots;
+
+use std::process::ExitCode;
+
+const PLACEMENT: &str = "host";
+
+fn every_byte_and_register_comes_back() {
+    let runs = std::env::var("DUNE_SNAPSHOT_RUNS").unwrap_or("60".to_owned());
+    snapshots::every_byte_and_register_comes_back(PLACEMENT, &runs);
+}
+
+fn a_run_sees_nothing_of_the_one_before() {
+    snapshots::a_run_sees_nothing_of_the_one_before(PLACEMENT);
+}
+
+fn nothing_is_left_behind_by_many_returns() {
+    let returns = std::env::var("DUNE_SNAPSHOT_RETURNS").unwrap_or("3000".to_owned());
+    snapshots::nothing_is_left_behind_by_many_returns(PLACEMENT, &returns);
+}
+
+fn snapshots_nest() {
+    snapshots::snapshots_nest(PLACEMENT);
+}
+
+fn threads_of_a_run_end_with_it() {
+    snapshots::threads_of_a_run_end_with_it(PLACEMENT);
+}
+
+fn a_snapshot_of_several_threads_is_refused() {
+    snapshots::a_snapshot_of_several_threads_is_refused(PLACEMENT);
+}
+
+fn every_ending_is_told() {
+    snapshots::every_ending_is_told(PLACEMENT);
+}
+
+fn a_run_without_end_is_interrupted() {
+    snapshots::a_run_without_end_is_interrupted(PLACEMENT);
+}
+
+fn main() -> ExitCode {
+    const TESTS: &[dune_testing::Test] = dune_testing::list! {
+        plain every_byte_and_register_comes_back, timeout 200,
+        plain a_run_sees_nothing_of_the_one_before,
+        plain nothing_is_left_behind_by_many_returns, timeout 200,
+        plain snapshots_nest,
+        plain threads_of_a_run_end_with_it,
+        plain a_snapshot_of_several_threads_is_refused,
+        plain every_ending_is_told,
+        plain a_run_without_end_is_interrupted,
+    };
+    snapshots::role().unwrap_or_else(|| dune_testing::main(TESTS))
+}
