@@ -6,12 +6,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::Matrix;
 use super::commands::Folder;
 use super::contender::Contender;
 use super::launch::{self, Limits};
-use super::matrix::{Matrix, RowUnit};
 use super::{Bench, announce, text};
 use crate::clock::Unit;
+use crate::matrix::RowUnit;
 use crate::meter::Figure;
 
 const SCRIPT: &str = include_str!("servers.sh");
