@@ -13,11 +13,12 @@ use std::sync::Arc;
 
 use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 
+use crate::bounce::Bounce;
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::crash::Crash;
-use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::engine::{Engine, EngineError, PageFaultError, Passage, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
@@ -82,6 +83,8 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// What the kernel gets to see of the guard.
+    pub(crate) bounce: Bounce,
     /// What the call in hand holds, until it is done.
     pub(crate) pins: RefCell<Vec<Pin>>,
     /// The thread's id, the same for the program and the host.
@@ -112,6 +115,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         // The byte goes with the engine.
         record::set_kick(None);
+        record::set_passage(Passage::Open);
     }
 }
 
@@ -134,11 +138,13 @@ impl Guard {
         signals: ThreadSignals,
     ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
+        record::set_passage(engine.passage());
         Self {
             program,
             engine,
             signals,
             strings: Strings::default(),
+            bounce: Bounce::default(),
             pins: RefCell::default(),
             tid: thread_id(),
             clear_child_tid: 0,

@@ -39,6 +39,7 @@
 //! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
+mod bounce;
 mod calls;
 pub mod command;
 pub mod confine;
@@ -48,6 +49,7 @@ pub mod guard;
 pub mod handler;
 pub mod host;
 pub mod launch;
+mod peel;
 pub mod policy;
 pub mod program;
 pub mod range;

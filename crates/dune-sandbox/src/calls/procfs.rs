@@ -35,7 +35,7 @@ use linux_raw_sys::general::{
 
 use crate::calls::file::give_up;
 use crate::calls::opened::{Stat, is_on_proc};
-use crate::calls::{forward, forward_always, own, own_mut};
+use crate::calls::{forward_always, forward_interruptible, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult, move_fd_high};
@@ -157,7 +157,8 @@ impl<'a> HiddenName<'a> {
         let flags = flags & !u64::from(O_CREAT | O_EXCL | O_NOFOLLOW);
         let link = self.link();
         let cwd = AT_FDCWD as i64 as u64;
-        forward(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
+        // The guard's own path, and numbers.
+        forward_interruptible(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
     }
 
     /// Reads the file by a thread with descriptors of its own, where nobody

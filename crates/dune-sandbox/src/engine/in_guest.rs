@@ -26,7 +26,9 @@ use dune::memory::{AddressSpace, PteFlags, SpaceError, VirtRange};
 use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, PageFaultError, Passage, Seed, Trap, UserRegs, UserState,
+};
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
 
@@ -102,6 +104,10 @@ impl InGuest {
     ///
     /// If Dune mode cannot be entered.
     pub fn new() -> Result<Self, EngineError> {
+        // Natively: the rights that a wall gives and takes are the host's.
+        if !dune::is_inside() && super::build_wall().is_some() {
+            dune::signals::adopt_handlers();
+        }
         dune::enter().map_err(|error| EngineError::Kvm {
             what: "Dune mode",
             source: std::io::Error::other(error),
@@ -285,6 +291,10 @@ impl Engine for InGuest {
     fn reset_xstate(&mut self) -> Result<(), EngineError> {
         self.context.reset_extended_state();
         Ok(())
+    }
+
+    fn passage(&self) -> Passage {
+        Passage::ByRuntime
     }
 
     fn kick_byte(&self) -> NonNull<AtomicU8> {

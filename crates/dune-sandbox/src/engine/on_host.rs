@@ -55,6 +55,7 @@ use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dune_kvm::wall::{Stack, Wall};
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
 use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
@@ -64,7 +65,9 @@ use kvm_bindings::kvm_regs;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Machine, Vm};
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, PageFaultError, Passage, Seed, Trap, UserRegs, UserState,
+};
 use crate::host;
 use crate::range::PageRange;
 
@@ -102,6 +105,9 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// For signal frames while the host kernel works behind the wall, if there
+    /// is one.
+    wall_stack: Option<Stack>,
 }
 
 /// What the engines of a program's threads share.
@@ -273,18 +279,19 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new()?);
-        let cpu = shared.cpu()?;
-        Ok(Self::with(shared, cpu))
+        let wall_stack = stack_behind(super::build_wall())?;
+        Self::in_vm(Arc::new(Shared::new()?), wall_stack)
     }
 
-    fn with(shared: Arc<Shared>, cpu: Cpu) -> Self {
-        Self {
+    fn in_vm(shared: Arc<Shared>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
+        let cpu = shared.cpu()?;
+        Ok(Self {
             shared,
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
-        }
+            wall_stack,
+        })
     }
 
     fn user_address(&self, gpa: u64) -> Option<u64> {
@@ -661,15 +668,16 @@ impl Engine for OnHost {
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
-        let cpu = self.shared.cpu()?;
-        Ok(Box::new(Sown(Self::with(Arc::clone(&self.shared), cpu))))
+        let wall_stack = stack_behind(Wall::get())?;
+        let engine = Self::in_vm(Arc::clone(&self.shared), wall_stack)?;
+        Ok(Box::new(Sown(engine)))
     }
 
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
         unsafe { self.shared.abandon() };
-        let new = Self::new();
+        let new = Self::in_vm(Arc::new(Shared::new()?), self.wall_stack.take());
         let old = core::mem::replace(self, new?);
         core::mem::forget(old);
         Ok(())
@@ -722,6 +730,15 @@ impl Engine for OnHost {
         self.cpu.reset_xstate()
     }
 
+    fn passage(&self) -> Passage {
+        match &self.wall_stack {
+            Some(stack) => Passage::Walled {
+                stack: stack.slot(),
+            },
+            None => Passage::Open,
+        }
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         self.cpu.machine.kick_byte()
     }
@@ -735,6 +752,15 @@ impl Engine for OnHost {
         let vcpus = made.iter().map(|made| made.fd);
         vcpus.chain([self.shared.vm.fd()]).collect()
     }
+}
+
+/// What a thread needs to make calls behind `wall`.
+fn stack_behind(wall: Option<&Wall>) -> Result<Option<Stack>, EngineError> {
+    wall.map(Stack::take)
+        .transpose()
+        .map_err(|_| EngineError::NoMemory {
+            what: "signal frames",
+        })
 }
 
 impl Drop for OnHost {
@@ -751,6 +777,10 @@ struct Sown(OnHost);
 
 impl Seed for Sown {
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        if self.0.wall_stack.is_some() {
+            // libc has registered the new thread.
+            dune::forgo_restartable_sequences();
+        }
         Ok(Box::new(self.0))
     }
 }
