@@ -113,7 +113,7 @@ pub(crate) enum Parked {
     /// It goes on.
     Go {
         go: Go,
-        saved: Saved,
+        saved: Box<Saved>,
         /// Its report was told. If not, it still has it.
         told: bool,
     },
@@ -131,7 +131,7 @@ enum Status {
 struct Thread {
     status: Status,
     /// While it is parked or away.
-    saved: Option<Saved>,
+    saved: Option<Box<Saved>>,
     /// That it may go on.
     go: Option<Go>,
     /// That it must not, once it is no longer away.
@@ -285,7 +285,7 @@ impl Control {
 
     /// Stops the thread, and all others if it has something to report, until it
     /// may go on.
-    pub(crate) fn park(&self, tid: u32, report: Option<Report>, saved: Saved) -> Parked {
+    pub(crate) fn park(&self, tid: u32, report: Option<Report>, saved: Box<Saved>) -> Parked {
         let mut state = self.lock();
         let told = match (state.phase, report) {
             (Phase::Off, _) => return Parked::go(saved),
@@ -330,7 +330,7 @@ impl Control {
     }
 
     /// The thread will be in the guard for longer; it counts as stopped.
-    pub(crate) fn away(&self, tid: u32, saved: Saved) {
+    pub(crate) fn away(&self, tid: u32, saved: Box<Saved>) {
         let mut state = self.lock();
         if let Some(thread) = state.threads.get_mut(&tid) {
             thread.status = Status::Away;
@@ -512,14 +512,14 @@ impl State {
 
     /// What is known of a thread that has stopped.
     pub(crate) fn saved(&self, tid: u32) -> Option<&Saved> {
-        self.threads.get(&tid)?.saved.as_ref()
+        self.threads.get(&tid)?.saved.as_deref()
     }
 
     /// The same, to be changed; `None` if the thread would not learn of it.
     pub(crate) fn saved_mut(&mut self, tid: u32) -> Option<&mut Saved> {
         let thread = self.threads.get_mut(&tid)?;
         if thread.status == Status::Parked {
-            thread.saved.as_mut()
+            thread.saved.as_deref_mut()
         } else {
             None
         }
@@ -548,7 +548,7 @@ impl Thread {
 
 impl Parked {
     /// Nobody debugs: it gets the signal that it stopped for.
-    fn go(saved: Saved) -> Self {
+    fn go(saved: Box<Saved>) -> Self {
         Self::Go {
             go: Go::default(),
             saved,

@@ -387,7 +387,7 @@ impl Event {
 }
 
 /// What is handed over of this thread.
-fn saved(user: &UserState, xstate: Vec<u8>) -> Saved {
+fn saved(user: &UserState, xstate: Vec<u8>) -> Box<Saved> {
     const NAME_LEN: usize = 16;
     let mut name = [0_u8; NAME_LEN];
     let args = [u64::from(PR_GET_NAME), own_mut(&mut name), 0, 0, 0, 0];
@@ -395,10 +395,10 @@ fn saved(user: &UserState, xstate: Vec<u8>) -> Saved {
         Ok(_) => name.iter().position(|&byte| byte == 0).unwrap_or(0),
         Err(_) => 0,
     };
-    Saved {
+    Box::new(Saved {
         user: *user,
         xstate,
         name: String::from_utf8_lossy(&name[..len]).into_owned(),
         changed: false,
-    }
+    })
 }

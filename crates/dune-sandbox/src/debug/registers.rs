@@ -597,6 +597,7 @@ mod tests {
         let mut saved = Saved {
             user: UserState::default(),
             xstate: vec![0xaa; 4096],
+            name: String::new(),
             changed: false,
         };
         saved.xstate[legacy::XSTATE_BV..legacy::XSTATE_BV + 64].fill(0);

@@ -229,7 +229,7 @@ pub(crate) fn lines_are_stepped_over_and_into(placement: &str) {
     let line = |mark| line_of(SOURCE, mark).to_string();
     ended.says(&[
         &format!("{}\t", line("// second")),
-        &format!("twice (n=2)"),
+        "twice (n=2)",
         &format!("{}\t", line("// in")),
         "Value returned is $1 = 4",
         "$2 = 42",
