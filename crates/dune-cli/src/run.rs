@@ -54,8 +54,9 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     backtrace: bool,
 
-    /// Stop the program at its first instruction until gdb attaches, at a PORT of this machine
-    /// (0: any), an ADDRESS:PORT or unix:PATH.
+    /// Stop the program at its first instruction until gdb attaches, at a PORT
+    /// of this machine (0: any), an ADDRESS:PORT or unix:PATH. Watchpoints need
+    /// `set can-use-hw-watchpoints 0` in gdb.
     #[arg(long, value_name = "WHERE")]
     gdb: Option<Address>,
 

@@ -11,10 +11,6 @@ fn a_backtrace_names_every_function() {
     debug::scenarios::a_backtrace_names_every_function(PLACEMENT);
 }
 
-fn registers_set_by_gdb_are_the_programs() {
-    debug::scenarios::registers_set_by_gdb_are_the_programs(PLACEMENT);
-}
-
 fn vector_registers_are_seen_and_set() {
     debug::scenarios::vector_registers_are_seen_and_set(PLACEMENT);
 }
@@ -27,24 +23,12 @@ fn single_steps_are_single_instructions() {
     debug::scenarios::single_steps_are_single_instructions(PLACEMENT);
 }
 
-fn lines_are_stepped_over_and_into() {
-    debug::scenarios::lines_are_stepped_over_and_into(PLACEMENT);
-}
-
-fn a_watch_sees_the_value_change() {
-    debug::scenarios::a_watch_sees_the_value_change(PLACEMENT);
-}
-
 fn threads_have_names_and_backtraces() {
     debug::scenarios::threads_have_names_and_backtraces(PLACEMENT);
 }
 
 fn a_breakpoint_is_hit_by_every_thread() {
     debug::scenarios::a_breakpoint_is_hit_by_every_thread(PLACEMENT);
-}
-
-fn one_thread_is_stepped_while_others_stay() {
-    debug::scenarios::one_thread_is_stepped_while_others_stay(PLACEMENT);
 }
 
 fn a_fault_stops_at_its_instruction() {
@@ -55,24 +39,8 @@ fn signals_are_passed_on_or_not() {
     debug::scenarios::signals_are_passed_on_or_not(PLACEMENT);
 }
 
-fn a_loop_is_interrupted() {
-    debug::scenarios::a_loop_is_interrupted(PLACEMENT);
-}
-
 fn a_program_goes_on_after_gdb_detaches() {
     debug::scenarios::a_program_goes_on_after_gdb_detaches(PLACEMENT);
-}
-
-fn a_program_goes_on_without_its_gdb() {
-    debug::scenarios::a_program_goes_on_without_its_gdb(PLACEMENT);
-}
-
-fn nonsense_does_not_hurt() {
-    debug::scenarios::nonsense_does_not_hurt(PLACEMENT);
-}
-
-fn a_program_is_killed() {
-    debug::scenarios::a_program_is_killed(PLACEMENT);
 }
 
 fn children_run_without_breakpoints() {
@@ -90,22 +58,14 @@ fn interrupted_calls_start_again() {
 fn main() -> ExitCode {
     const TESTS: &[dune_testing::Test] = dune_testing::list! {
         ring0 a_backtrace_names_every_function, timeout 300,
-        ring0 registers_set_by_gdb_are_the_programs, timeout 300,
         ring0 vector_registers_are_seen_and_set, timeout 300,
         ring0 memory_written_by_gdb_is_the_programs, timeout 300,
         ring0 single_steps_are_single_instructions, timeout 300,
-        ring0 lines_are_stepped_over_and_into, timeout 300,
-        ring0 a_watch_sees_the_value_change, timeout 300,
         ring0 threads_have_names_and_backtraces, timeout 300,
         ring0 a_breakpoint_is_hit_by_every_thread, timeout 300,
-        ring0 one_thread_is_stepped_while_others_stay, timeout 300,
         ring0 a_fault_stops_at_its_instruction, timeout 300,
         ring0 signals_are_passed_on_or_not, timeout 300,
-        ring0 a_loop_is_interrupted, timeout 300,
         ring0 a_program_goes_on_after_gdb_detaches, timeout 300,
-        ring0 a_program_goes_on_without_its_gdb, timeout 300,
-        ring0 nonsense_does_not_hurt, timeout 300,
-        ring0 a_program_is_killed, timeout 300,
         ring0 children_run_without_breakpoints, timeout 300,
         ring0 a_new_program_is_followed, timeout 300,
         ring0 interrupted_calls_start_again, timeout 300,

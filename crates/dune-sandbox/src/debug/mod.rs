@@ -30,10 +30,13 @@
 //!
 //! # What it does not
 //!
-//! - Watchpoints by hardware: gdb watches by single steps.
+//! - Watchpoints and breakpoints by hardware: gdb watches by single steps (`set
+//!   can-use-hw-watchpoints 0`).
 //! - Children: they run without breakpoints.
 //! - Files: gdb reads them by itself (`set sysroot /`).
 //! - A second client: who comes later is refused.
+//! - Remaining times: a call with a relative time limit that a stop interrupts
+//!   begins again with the whole of it.
 //! - Threads in the kernel for good (an unreachable network file system) stop
 //!   when they are back.
 
