@@ -19,11 +19,11 @@ use crate::calls::paths::Pin;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::crash::Crash;
 use crate::debug::hook::Event;
-use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
-use crate::program::Program;
+use crate::program::{Memory, Program};
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
@@ -465,6 +465,23 @@ impl Guard {
             .map_err(|error| self.engine_failed(error))
     }
 
+    /// Offers `range`, which lies in one area and is not admitted, to the engine
+    /// before the program touches it. The caller holds the memory's lock.
+    pub(crate) fn admit_ahead(&mut self, memory: &Memory, range: PageRange) {
+        let Some(area) = memory.areas.find(range.start()) else {
+            return;
+        };
+        if effective(area.attributes.access).is_empty() {
+            return;
+        }
+        let what = memory.admissible(self.pid(), range.start(), area, Access::READ);
+        if let Some(range) = what.range.intersect(range)
+            && let Err(error) = self.engine.admit_ahead(range, what.access)
+        {
+            self.engine_failed(error);
+        }
+    }
+
     fn on_syscall(&mut self, user: &mut UserState) -> Resume {
         let regs = &user.regs;
         let rax = regs.rax;
@@ -590,7 +607,7 @@ impl Guard {
         &mut self,
         trap: Trap,
         addr: u64,
-        needed: crate::engine::Access,
+        needed: Access,
         user: &mut UserState,
     ) -> Resume {
         // Shared, until the page is admitted: who takes rights away waits.
@@ -645,7 +662,6 @@ mod tests {
     use linux_raw_sys::general as nr;
 
     use super::*;
-    use crate::engine::Access;
     use crate::engine::mock::{MockEngine, Request};
     use crate::range::PAGE_SIZE;
     use crate::signal::{SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};

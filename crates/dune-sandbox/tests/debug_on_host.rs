@@ -70,6 +70,10 @@ fn nonsense_does_not_hurt() {
     debug::scenarios::nonsense_does_not_hurt(PLACEMENT);
 }
 
+fn a_socket_is_its_owners_and_goes_with_its_client() {
+    debug::scenarios::a_socket_is_its_owners_and_goes_with_its_client(PLACEMENT);
+}
+
 fn a_program_is_killed() {
     debug::scenarios::a_program_is_killed(PLACEMENT);
 }
@@ -104,6 +108,7 @@ fn main() -> ExitCode {
         plain a_program_goes_on_after_gdb_detaches, timeout 120,
         plain a_program_goes_on_without_its_gdb, timeout 120,
         plain nonsense_does_not_hurt, timeout 120,
+        plain a_socket_is_its_owners_and_goes_with_its_client, timeout 120,
         plain a_program_is_killed, timeout 120,
         plain children_run_without_breakpoints, timeout 120,
         plain a_new_program_is_followed, timeout 120,

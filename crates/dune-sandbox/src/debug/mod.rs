@@ -54,14 +54,16 @@ use core::str::FromStr;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use linux_raw_sys::general::__NR_umask;
+
 use self::control::Control;
 use self::server::{Begun, Listener};
+use crate::calls::forward_always;
 use crate::guard::End;
 use crate::host::move_fd_high;
 use crate::program::Program;
@@ -160,6 +162,9 @@ impl Debugger {
     /// # Errors
     ///
     /// If that address, a descriptor or a thread is not to be had.
+    ///
+    /// For a path, the process's umask is another one for a moment: no other
+    /// thread should be making files.
     pub fn listen(address: &Address) -> Result<Self, ListenError> {
         let (listener, address) = bound(address)?;
         let control = Arc::new(Control::new()?);
@@ -239,12 +244,17 @@ fn bound(address: &Address) -> Result<(Listener, Address), ListenError> {
     }
 }
 
-/// A socket at `path` that nobody but the owner of this process can connect to.
+/// A socket at `path` that nobody but the owner of this process can connect to,
+/// not even before its permissions could be changed.
 fn private_socket(path: &Path) -> io::Result<UnixListener> {
-    let listener = UnixListener::bind(path)?;
+    const ALL_BUT_THE_OWNERS: u64 = 0o177;
+    let mask = |new: u64| forward_always(__NR_umask, [new, 0, 0, 0, 0, 0]);
+    // It cannot fail.
+    let before = mask(ALL_BUT_THE_OWNERS).unwrap_or(ALL_BUT_THE_OWNERS);
+    let listener = UnixListener::bind(path);
+    let _ = mask(before);
+    let listener = listener?;
     listener.set_nonblocking(true)?;
-    // Nobody is accepted before this.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
 

@@ -15,6 +15,8 @@ use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
 
 const ROLE: &str = "DUNE_TEST_DEBUG";
+/// What the sandbox prints before its program.
+const READY: &str = "ready for gdb";
 
 /// What this process was started for, if it is not the harness: to run a
 /// program (the second argument) that waits for gdb at a path (the first).
@@ -23,6 +25,7 @@ pub(crate) fn role() -> Option<ExitCode> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let run = || -> Result<dune_sandbox::Outcome, Box<dyn std::error::Error>> {
         let debugger = Debugger::listen(&Address::Unix(words[0].clone().into()))?;
+        println!("{READY}");
         let engine: Box<dyn Engine> = if role == "guest" {
             Box::new(InGuest::new()?)
         } else {
@@ -86,17 +89,15 @@ impl Debugged {
             .spawn()
             .unwrap();
         let stdout = child.stdout.take().map(BufReader::new);
-        while !socket.exists() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-            assert!(child.try_wait().unwrap().is_none(), "the sandbox ended");
-        }
-        Self {
+        let mut debugged = Self {
             program,
             socket,
             child: Some(child),
             stdout,
             folder,
-        }
+        };
+        assert_eq!(debugged.line().trim_end(), READY);
+        debugged
     }
 
     /// gdb, attached and about to execute these commands.
@@ -141,9 +142,9 @@ impl Debugged {
         UnixStream::connect(&self.socket).unwrap()
     }
 
-    /// The sandbox's process, which is the program's.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.as_ref().unwrap().id()
+    /// Where gdb connects to.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// The next line that the program prints.

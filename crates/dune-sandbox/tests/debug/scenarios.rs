@@ -1,8 +1,10 @@
 //! What is promised of the debugger, one promise a function.
 
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::time::Duration;
 
 use super::{Debugged, cpu_has, debug, line_of};
 
@@ -543,6 +545,19 @@ pub(crate) fn nonsense_does_not_hurt(placement: &str) {
         let none = Command::new("true").output().unwrap();
         debugged.end(&none).printed("4950\n");
     }
+}
+
+pub(crate) fn a_socket_is_its_owners_and_goes_with_its_client(placement: &str) {
+    let debugged = Debugged::start(placement, CALLS);
+    let mode = std::fs::metadata(debugged.socket()).unwrap().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let first = debugged.connect();
+    while debugged.socket().exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(first);
+    let none = Command::new("true").output().unwrap();
+    debugged.end(&none).printed("4950\n");
 }
 
 pub(crate) fn a_program_is_killed(placement: &str) {
