@@ -144,6 +144,7 @@ fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> An
 fn answer_of(resume: Resume) -> Answer {
     match resume {
         Resume::Continue => Answer::Registers,
+        Resume::Stop => Answer::Stop,
         Resume::Exit(status) => Answer::Exit(status),
         Resume::ThreadExit(status) => Answer::ThreadExit(status),
         Resume::Leave => Answer::Leave,
