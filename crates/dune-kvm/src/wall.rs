@@ -160,6 +160,16 @@ impl Wall {
         WALL.get()?.as_ref()
     }
 
+    /// Gives the calling thread open rights, if there is a wall: for threads that were there
+    /// before it, and run natively. Others have them, or, in a guest, need none.
+    pub fn open_for_this_thread() {
+        if has_protection_keys()
+            && let Some(wall) = Self::get()
+        {
+            wall.open();
+        }
+    }
+
     fn try_build() -> Option<Self> {
         if !has_protection_keys() {
             return None;

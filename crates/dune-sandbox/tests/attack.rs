@@ -162,10 +162,10 @@ fn harness() -> ExitCode {
     } else {
         String::new()
     };
-    let trials = attacks()
+    let trials = names()
         .into_iter()
-        .map(|(name, _, expected)| {
-            Trial::test(name, move || check(name, expected, &[]))
+        .map(|name| {
+            Trial::test(name, move || fails(name, &[]))
                 .with_kind(kind.clone())
                 .with_ignored_flag(no_kvm)
         })

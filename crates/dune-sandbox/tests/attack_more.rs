@@ -79,11 +79,9 @@ pub(crate) fn names() -> Vec<&'static str> {
 fn harness() -> ExitCode {
     let report = dune_kvm::probe::probe();
     let no_kvm = report.natural_placement() == dune_kvm::probe::Placement::Lab;
-    let trials = attacks()
+    let trials = names()
         .into_iter()
-        .map(|(name, _, signal)| {
-            Trial::test(name, move || check(name, signal, &[])).with_ignored_flag(no_kvm)
-        })
+        .map(|name| Trial::test(name, move || fails(name, &[])).with_ignored_flag(no_kvm))
         .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
