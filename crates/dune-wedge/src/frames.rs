@@ -39,6 +39,15 @@ impl Frame {
         unsafe { copy(self.0, from) };
     }
 
+    /// As [`copy_from`](Self::copy_from), from a page that others may change meanwhile.
+    ///
+    /// # Safety
+    /// As there, and no Rust reference claims that the page does not change.
+    pub(crate) unsafe fn copy_from_shared(&self, from: u64) {
+        // SAFETY: the frame is this one's; the source is the caller's word.
+        unsafe { dune::memory::copy_shared(from as *const u8, self.0 as *mut u8, PAGE as usize) };
+    }
+
     /// Writes bytes; `false` where they do not fit.
     #[must_use]
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) -> bool {

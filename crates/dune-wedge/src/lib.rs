@@ -140,13 +140,14 @@
 //!   image/       the program as compartments see it: modules, variables, thread-locals
 //!   shell        an address space with the image in it, and pages of its own
 //!   compartment  what is granted, and a run from start to end
-//!   guard        what happens at a trap; policy: what it asks
+//!   guard        what happens at a trap; access: the compartment's memory; policy: what it asks
 //!   gate, tag    calls and memory that are shared
 //!   learn        what a run used that was not granted
 //!   inside/      what runs in ring 3 and is not trusted: entry, heap, panics
 //!   watchdog     time limits
 //! ```
 
+mod access;
 mod compartment;
 mod error;
 mod frames;
@@ -170,5 +171,5 @@ pub use inside::is_inside;
 pub use learn::{Learned, Touched};
 pub use policy::{Calls, FileRights, OnRefusal};
 pub use pool::{Pool, Pooled};
-pub use runtime::{Usage, start, usage};
+pub use runtime::{Usage, start, trim, usage};
 pub use tag::{BytesIn, Grant, In, Tag, TagError, allocate_inside, free_inside};

@@ -2,8 +2,9 @@
 //!
 //! Pages come into being when they are touched. They stay for the next use: going back to
 //! the beginning means putting back what the dirty bits say was written. Clearing a dirty bit
-//! costs a flush, so a page that is written in every use (the top of the stack, mostly) keeps
-//! it, and is put back without asking.
+//! costs a flush, so a page that is written in every use keeps it, and is put back without
+//! asking. The top of the stack is one from the beginning: the guard writes to it too, by
+//! another way than the tables that have the bit.
 #![expect(unsafe_code, reason = "maps pages of its own for ring 3")]
 
 use dune::memory::{AddressSpace, Flush, PageEntry, PageSize, PteFlags, SpaceError, VirtRange};
@@ -11,7 +12,8 @@ use dune_x86::addr::GuestVirt;
 
 use crate::frames::Frame;
 use crate::layout::{
-    HEAP_END, HEAP_START, INPUT_START, PAGE, STACK_BOTTOM, STACK_TOP, page_of, page_up,
+    HEAP_END, HEAP_START, INPUT_START, PAGE, STACK_BOTTOM, STACK_TOP, TAGS_END, TAGS_START,
+    page_of, page_up,
 };
 use crate::runtime::Runtime;
 
@@ -58,7 +60,12 @@ struct Private {
 impl Private {
     fn fill(&self) {
         match self.original {
-            // SAFETY: a page of the image or of a tag, which stays for as long as this.
+            // SAFETY: a page of a tag, which stays for as long as this; no Rust reference leads
+            // into tags.
+            Some(original) if is_in_tags(original) => unsafe {
+                self.frame.copy_from_shared(original);
+            },
+            // SAFETY: a page of the image, which stays for good and is never written to.
             Some(original) => unsafe { self.frame.copy_from(original) },
             None => self.frame.zero(),
         }
@@ -112,7 +119,7 @@ impl Shell {
             frame,
             entry: None,
             original,
-            written: 0,
+            written: if at == STACK_TOP - PAGE { HABIT } else { 0 },
         };
         page.fill();
         let result = self.map(&page);
@@ -142,8 +149,11 @@ impl Shell {
         }
     }
 
+    /// Whether the compartment may write to a page already, as it may to all of its own.
     fn has(&self, page: u64) -> bool {
-        self.pages.iter().any(|private| private.at == page)
+        let walk = self.space.walk(GuestVirt::new_truncate(page)).ok();
+        walk.and_then(|walk| walk.permissions())
+            .is_some_and(|rights| rights.user && rights.writable)
     }
 
     /// Gives the page at an address that ring 3 could not use, if it has a claim to it.
@@ -282,6 +292,7 @@ impl Shell {
             if (start..end).contains(&self.pages[index].at) {
                 let page = self.pages.swap_remove(index);
                 self.space.unmap(page_range(page.at))?;
+                page.frame.zero();
                 self.runtime.frames().give(page.frame);
             } else {
                 index += 1;
@@ -317,6 +328,10 @@ impl Drop for Shell {
             self.runtime.frames().give(page.frame);
         }
     }
+}
+
+fn is_in_tags(address: u64) -> bool {
+    (TAGS_START..TAGS_END).contains(&address)
 }
 
 fn page_range(at: u64) -> VirtRange {

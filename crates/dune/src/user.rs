@@ -194,6 +194,14 @@ impl UserContext {
         inner.gs_base = 0;
     }
 
+    /// Forgets all that ring 3 left in registers, general and extended. What runs next has to
+    /// be [`reset`](Self::reset). Some hundred instructions.
+    pub fn wipe(&mut self) {
+        self.inner_mut().frame = TrapFrame::default();
+        // SAFETY: as in `set_extended_state`.
+        unsafe { core::slice::from_raw_parts_mut(self.xsave(), self.xsave_size) }.fill(0);
+    }
+
     /// Puts the extended state back to what it is after a reset.
     pub fn reset_extended_state(&mut self) {
         let mut state = [0; 512];

@@ -18,7 +18,7 @@ mod tls;
 use core::ffi::CStr;
 use std::sync::Arc;
 
-use dune::memory::{AddressSpace, Pages, PteFlags, VirtRange};
+use dune::memory::{AddressSpace, Pages, PteFlags, VirtRange, copy_shared};
 use dune_x86::addr::GuestVirt;
 
 use self::modules::Module;
@@ -212,7 +212,7 @@ impl Copy {
         // SAFETY: a writable segment of a loaded module. Other threads may change variables
         // meanwhile; what is copied then is the old value or the new one, or bytes of both.
         unsafe {
-            core::ptr::copy(start as *const u8, bytes.as_mut_ptr(), bytes.len());
+            copy_shared(start as *const u8, bytes.as_mut_ptr(), bytes.len());
         }
         Self {
             start,
