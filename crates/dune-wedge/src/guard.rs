@@ -161,6 +161,9 @@ impl Guard<'_, '_> {
         let refused = |reason| CompartmentError::RefusedGate { gate, reason };
         let entry = self.policy.gates.iter_mut().find(|e| e.address == gate);
         let Some(entry) = entry else {
+            if let Some(learned) = &mut self.policy.learned {
+                learned.gates.insert(gate);
+            }
             return Err(refused("it was not given; Builder::gate gives it"));
         };
         let mut memory = Memory {

@@ -12,8 +12,7 @@ use dune_x86::addr::GuestVirt;
 
 use crate::frames::Frame;
 use crate::layout::{
-    HEAP_END, HEAP_START, INPUT_START, PAGE, STACK_BOTTOM, STACK_TOP, TAGS_END, TAGS_START,
-    page_of, page_up,
+    HEAP_END, HEAP_START, INPUT_START, PAGE, STACK_BOTTOM, STACK_TOP, page_of, page_up,
 };
 use crate::runtime::Runtime;
 
@@ -60,12 +59,8 @@ struct Private {
 impl Private {
     fn fill(&self) {
         match self.original {
-            // SAFETY: a page of a tag, which stays for as long as this; no Rust reference leads
-            // into tags.
-            Some(original) if is_in_tags(original) => unsafe {
-                self.frame.copy_from_shared(original);
-            },
-            // SAFETY: a page of the image, which stays for good and is never written to.
+            // SAFETY: a page of the image or of a tag, which stays for as long as this; no Rust
+            // reference leads there.
             Some(original) => unsafe { self.frame.copy_from(original) },
             None => self.frame.zero(),
         }
@@ -92,9 +87,9 @@ impl Shell {
     pub(crate) fn new(runtime: &'static Runtime) -> Result<Self, SpaceError> {
         let mut space = AddressSpace::empty()?;
         runtime.image().lend_to(&mut space)?;
-        for (at, from) in runtime.image().thread_pages() {
+        if let Some((at, from, bytes)) = runtime.image().thread_pages() {
             // SAFETY: read-only, and never unmapped.
-            unsafe { space.map_memory(page_range(at), from, PteFlags::R) }?;
+            unsafe { space.map_memory(range_of(at, at + bytes), from, PteFlags::R) }?;
         }
         let mut shell = Self {
             space,
@@ -328,10 +323,6 @@ impl Drop for Shell {
             self.runtime.frames().give(page.frame);
         }
     }
-}
-
-fn is_in_tags(address: u64) -> bool {
-    (TAGS_START..TAGS_END).contains(&address)
 }
 
 fn page_range(at: u64) -> VirtRange {

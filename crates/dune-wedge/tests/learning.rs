@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use dune_wedge::{Calls, Compartment, CompartmentError, FileRights, Grant, In, Tag};
+use dune_wedge::{Calls, Compartment, CompartmentError, FileRights, Gate, Grant, In, Tag};
 use zerocopy::{Immutable, IntoBytes};
 
 #[derive(Clone, Copy, IntoBytes, Immutable)]
@@ -108,7 +108,21 @@ fn what_cannot_be_granted_is_named() {
         learned.refused.into_iter().collect::<Vec<_>>(),
         [libc::SYS_getppid as u64]
     );
+    // SAFETY: as above.
+    let (result, learned) =
+        unsafe { Compartment::builder().learn(|n: u64| GATE.call(n), 1) }.unwrap();
+    assert!(
+        matches!(result, Err(CompartmentError::RefusedGate { .. })),
+        "{result:?}"
+    );
+    let gate = &raw const GATE as u64;
+    assert!(
+        learned.gates.contains(&gate) && learned.to_string().contains(".gate("),
+        "{learned}"
+    );
 }
+
+static GATE: Gate<u64, u64> = Gate::new("gate");
 
 fn buffers_of_the_process_are_learned_too() {
     dune_wedge::start().unwrap();

@@ -203,7 +203,8 @@ const AT_ONCE: u32 = 128;
 fn create_cold_linux(bench: &Bench, row: &mut Row) {
     let meter = bench.meter.with_at_most(11);
     row.set_base(FORK);
-    row.add(FORK, meter.measure(1, processes).of_each(AT_ONCE));
+    let fork = meter.with_at_most(3).measure(1, processes);
+    row.add(FORK, fork.of_each(AT_ONCE));
     row.add(THREAD, meter.measure(1, threads).of_each(AT_ONCE));
 }
 
