@@ -71,7 +71,7 @@ impl Slot {
         let version = self.version.load(Ordering::SeqCst);
         let present = self.own();
         fence(Ordering::Acquire);
-        let is_whole = version % 2 == 0 && self.version.load(Ordering::Relaxed) == version;
+        let is_whole = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
         is_whole.then_some(present)
     }
 }
