@@ -162,6 +162,9 @@ struct JsonRow<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     unit: Option<&'a str>,
     values: BTreeMap<&'a str, Number>,
+    /// Why Dune has no value.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    missing: BTreeMap<&'a str, &'a str>,
     aim: Option<Number>,
 }
 
@@ -183,14 +186,15 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// The rows that have a figure for Dune, or that say what something costs without it.
+    /// The same for programs; a row without a figure for Dune says why.
     pub(crate) fn json(&self) -> anyhow::Result<String> {
-        let rows = self.rows.iter().filter(|row| row.missing.is_none());
         let report = JsonReport {
             machine: &self.machine,
             placement: self.placement,
             unit: self.clock.unit().to_string(),
-            rows: rows
+            rows: self
+                .rows
+                .iter()
                 .map(|row| JsonRow {
                     id: row.id,
                     label: row.label,
@@ -199,6 +203,11 @@ impl Report {
                         .entries
                         .iter()
                         .map(|entry| (entry.contender, Number(entry.figure.median)))
+                        .collect(),
+                    missing: row
+                        .missing
+                        .iter()
+                        .map(|reason| (DUNE, reason.as_str()))
                         .collect(),
                     aim: row.aim.map(Number),
                 })
