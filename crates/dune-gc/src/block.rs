@@ -117,7 +117,7 @@ impl Block {
         self.set_kind(kind);
     }
 
-    /// Makes it the first block of a large object, which is allocated thereby.
+    /// Makes it the first block of a large object, which is not allocated yet.
     pub(crate) fn make_large(&self, kind: Kind, bytes: usize) {
         self.class.store(LARGE, Relaxed);
         // Every offset is in cell 0.
@@ -125,10 +125,15 @@ impl Block {
         self.reciprocal.store(reciprocal(BLOCK as u32), Relaxed);
         self.cells.store(1, Relaxed);
         self.cycle_cursor.store(0, Relaxed);
-        self.cursor.store(1, Relaxed);
+        self.cursor.store(0, Relaxed);
         self.marked.store(0, Relaxed);
         self.large_bytes.store(bytes as u64, Relaxed);
         self.set_kind(kind);
+    }
+
+    /// The memory of its large object is zero: from here on the object is looked through.
+    pub(crate) fn allocate_large(&self) {
+        self.cursor.store(1, core::sync::atomic::Ordering::Release);
     }
 
     /// Makes it a later block of a large object.

@@ -9,7 +9,7 @@ use crate::block::{Kind, NONE};
 use crate::heap::Core;
 use crate::layout::BLOCK;
 use crate::mark::{MarkStack, Marker};
-use crate::roots::Run;
+use crate::roots::{Droppable, Run};
 use crate::space::Lists;
 use crate::thread::Thread;
 use crate::world::Stopped;
@@ -43,6 +43,7 @@ impl Core {
     }
 
     pub(crate) fn collector(&self) -> MutexGuard<'_, MarkStack> {
+        self.check_process();
         self.collector
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -51,6 +52,11 @@ impl Core {
     /// The next finalizer to run, outside of every lock.
     pub(crate) fn take_ready(&self) -> Option<(usize, Run)> {
         self.roots().take_ready()
+    }
+
+    /// The next value to drop, outside of every lock.
+    pub(crate) fn take_dead(&self) -> Option<Droppable> {
+        self.roots().take_dead()
     }
 
     /// Stops the world, marks everything that the roots lead to, and frees the rest.
@@ -67,7 +73,7 @@ impl Core {
         self.keep_buffers(&stopped, other);
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, false);
         self.space.exchange_bitmaps();
         self.reclaim_all();
         drop(stopped);
@@ -88,7 +94,7 @@ impl Core {
         self.keep_buffers(&stopped, self.space.current());
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, true);
         let pages = marker.pages_scanned;
         self.counters
             .pages_scanned
@@ -131,7 +137,7 @@ impl Core {
         if self.parameters.stop_signal.is_some() {
             for thread in stopped.threads() {
                 let start = thread.stack_pointer.load(Ordering::Relaxed);
-                let end = thread.stack_end.load(Ordering::Relaxed);
+                let end = thread.stack_end();
                 // SAFETY: the part of a stopped thread's stack that is in use.
                 unsafe { marker.scan(start, end) };
                 let [start, end] = [0, 1].map(|end| thread.tls[end].load(Ordering::Relaxed));
@@ -147,9 +153,23 @@ impl Core {
         }
     }
 
-    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
-        if self.roots().find_unreachable(self, marker) {
+    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>, only_young: bool) {
+        if self.roots().find_unreachable(self, marker, only_young) {
             self.has_ready.store(true, Ordering::Release);
+        }
+    }
+
+    /// From here on the object is not looked through: its value is about to be dropped.
+    pub(crate) fn forget_description(&self, object: usize) {
+        let Some(at) = self.space.cell_of(object) else {
+            return;
+        };
+        if self.space.block(at.block).kind() == Kind::Typed {
+            let cell = self.space.cell_address(at);
+            // Not by way of a trap: the marker's thread has its signals blocked.
+            self.tracker.will_write(cell, size_of::<usize>());
+            // SAFETY: an allocated cell of a block of typed objects, with the world stopped.
+            unsafe { crate::typed::forget(cell) };
         }
     }
 

@@ -20,7 +20,7 @@
 //! marked; it got the pointer later, so its page was written later, and it was looked at again.
 
 use core::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -39,10 +39,11 @@ pub(crate) struct Cycle {
     is_running: AtomicBool,
     wish: Mutex<Wish>,
     changed: Condvar,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Wish {
+pub(crate) enum Wish {
     #[default]
     Nothing,
     Cycle,
@@ -65,9 +66,21 @@ impl Cycle {
         }
     }
 
+    /// Holds the wish, so that a `fork` finds it whole.
+    pub(crate) fn hold(&self) -> CycleGuard<'_> {
+        let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        CycleGuard(wish, thread)
+    }
+
     fn end(&self) {
         *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = Wish::End;
         self.changed.notify_all();
+    }
+
+    fn replace_thread(&self, thread: Option<JoinHandle<()>>) -> Option<JoinHandle<()>> {
+        let mut place = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        core::mem::replace(&mut place, thread)
     }
 
     fn wait(&self) -> Wish {
@@ -88,11 +101,15 @@ impl Cycle {
     }
 }
 
+/// See [`Cycle::hold`].
+#[derive(Debug)]
+#[expect(dead_code, reason = "they are held")]
+pub(crate) struct CycleGuard<'a>(MutexGuard<'a, Wish>, MutexGuard<'a, Option<JoinHandle<()>>>);
+
 /// The thread that marks beside the program. Dropped, it ends.
 #[derive(Debug)]
 pub(crate) struct MarkerThread {
     core: Arc<Core>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl MarkerThread {
@@ -101,28 +118,44 @@ impl MarkerThread {
         let thread = crate::signals::with_all_blocked(|| {
             std::thread::Builder::new()
                 .name("dune-gc-marker".to_owned())
-                .spawn(move || {
-                    while shared.cycle.wait() == Wish::Cycle {
-                        shared.run_cycle();
-                        shared.cycle.done();
-                    }
-                })
+                .spawn(move || mark_when_asked(&shared))
         })?;
+        let core = Arc::clone(core);
+        // A handle that is there already is of the parent of a `fork`, whose thread this process
+        // does not have.
+        core::mem::forget(core.cycle.replace_thread(Some(thread)));
         core.has_marker.store(true, Ordering::Relaxed);
-        Ok(Self {
-            core: Arc::clone(core),
-            thread: Some(thread),
-        })
+        Ok(Self { core })
     }
 }
 
 impl Drop for MarkerThread {
     fn drop(&mut self) {
+        if self.core.is_foreign() {
+            return;
+        }
         self.core.has_marker.store(false, Ordering::Relaxed);
         self.core.cycle.end();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.core.cycle.replace_thread(None) {
             let _ = thread.join();
         }
+    }
+}
+
+fn mark_when_asked(core: &Core) {
+    /// Whoever waits for the cycle would wait for ever.
+    struct NeverPanics;
+    impl Drop for NeverPanics {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                crate::heap::fatal("an implementation of Trace panicked");
+            }
+        }
+    }
+    let _guard = NeverPanics;
+    while core.cycle.wait() == Wish::Cycle {
+        core.run_cycle();
+        core.cycle.done();
     }
 }
 
@@ -176,7 +209,7 @@ impl Core {
         marker.scan_dirty();
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, false);
         let pages = marker.pages_scanned;
         self.counters
             .pages_scanned

@@ -5,6 +5,7 @@ mod collect;
 pub mod conservative;
 mod cycle;
 mod error;
+mod fork;
 mod heap;
 mod images;
 mod layout;

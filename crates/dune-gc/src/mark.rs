@@ -130,6 +130,13 @@ impl<'a> Marker<'a> {
         }
     }
 
+    /// Keeps an object without what it points to.
+    pub(crate) fn keep(&mut self, object: usize) {
+        if let Some(at) = self.space.cell_of(object) {
+            self.bitmap(at.block).set(at.cell);
+        }
+    }
+
     /// Remembers to look through an object.
     fn push_object(&mut self, at: Cell) {
         let start = self.space.cell_address(at);

@@ -262,8 +262,10 @@ impl Space {
             with_room
         } else {
             let number = lists.take_free(1)?;
-            self.block(number).make_small(kind, class);
+            // Before its kind says that it is in use: a marker beside the program must not take
+            // the marks of its last life for objects.
             self.clear_bitmaps(number);
+            self.block(number).make_small(kind, class);
             self.note_used(number, 1);
             number
         };
@@ -272,7 +274,8 @@ impl Space {
         Some(number)
     }
 
-    /// Takes blocks for a large object, whose memory is zero then.
+    /// Takes blocks for a large object. It is allocated once its memory is zero:
+    /// [`Block::allocate_large`].
     pub(crate) fn take_large(&self, lists: &mut Lists, kind: Kind, bytes: usize) -> Option<u32> {
         let blocks = u32::try_from(bytes.div_ceil(BLOCK)).ok()?.max(1);
         let first = lists.take_free(blocks)?;

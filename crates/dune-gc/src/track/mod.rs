@@ -48,6 +48,24 @@ pub(crate) trait WriteTracker: Send + Sync + core::fmt::Debug {
     /// Neither allocates nor frees: threads may be stopped anywhere.
     fn collect(&self, space: &Space);
 
+    /// Whether a thread may lose the property that [`admit_thread`](Self::admit_thread) gave it,
+    /// so that its writes of pointers must be noted.
+    fn wants_notes(&self) -> bool {
+        false
+    }
+
+    /// A thread whose writes are not seen has written here.
+    fn note_written(&self, _address: usize, _bytes: usize) {}
+
+    /// This is the child of a `fork` that happened while nobody collected and the heap's lists
+    /// were held. All pages may count as written.
+    ///
+    /// # Errors
+    /// Says why writes cannot be followed here.
+    fn after_fork(&self, _space: &Space) -> Result<(), String> {
+        Ok(())
+    }
+
     /// First writes that cost a trap so far.
     fn traps(&self) -> u64 {
         0

@@ -66,6 +66,14 @@ impl Rights for Mprotect {
     fn open(&self, start: usize, bytes: usize) -> bool {
         protect(start, bytes, libc::PROT_READ | libc::PROT_WRITE)
     }
+
+    fn renew(&self, start: usize, bytes: usize) -> Result<(), String> {
+        if bytes == 0 || self.open(start, bytes) {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error().to_string())
+        }
+    }
 }
 
 /// As [`Mprotect`], for the handler, which has no other.
@@ -83,6 +91,10 @@ impl Rights for InHandler {
 
     fn open(&self, start: usize, bytes: usize) -> bool {
         protect(start, bytes, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    fn renew(&self, _: usize, _: usize) -> Result<(), String> {
+        Ok(())
     }
 }
 
