@@ -14,9 +14,6 @@ use crate::space::Lists;
 use crate::thread::Thread;
 use crate::world::Stopped;
 
-/// Bytes of young objects after which a minor collection is due at the latest.
-const MOST_YOUNG: usize = 32 << 20;
-
 impl Core {
     /// Collects if it is still due once nobody else collects.
     pub(crate) fn collect_when_due(&self, thread: &Thread) {
@@ -54,9 +51,9 @@ impl Core {
         self.roots().take_ready()
     }
 
-    /// The next value to drop, outside of every lock.
-    pub(crate) fn take_dead(&self) -> Option<Droppable> {
-        self.roots().take_dead()
+    /// The next value to drop, outside of every lock; and the one before was.
+    pub(crate) fn take_dead(&self, dropped: Option<usize>) -> Option<Droppable> {
+        self.roots().take_dead(dropped)
     }
 
     /// Stops the world, marks everything that the roots lead to, and frees the rest.
@@ -99,6 +96,7 @@ impl Core {
         self.counters
             .pages_scanned
             .fetch_add(pages, Ordering::Relaxed);
+        (self.looked_at).store(marker.bytes_scanned, Ordering::Relaxed);
         self.reclaim_touched();
         drop(stopped);
         self.counters.paused(begin.elapsed());
@@ -176,6 +174,7 @@ impl Core {
     /// Makes lists of what the current bitmaps leave free in all blocks.
     pub(crate) fn reclaim_all(&self) {
         let mut lists = self.space.lists();
+        self.take_back_dropped(&mut lists);
         lists.forget();
         let mut live = 0;
         let mut number = 0;
@@ -200,6 +199,7 @@ impl Core {
     /// the last collection: in all others nothing has changed.
     fn reclaim_touched(&self) {
         let mut lists = self.space.lists();
+        self.take_back_dropped(&mut lists);
         let mut live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
         let mut number = lists.touched;
         lists.touched = NONE;
@@ -213,9 +213,26 @@ impl Core {
         self.set_pace(&lists, live);
     }
 
+    /// The cells of values that were dropped since the last collection are free again: they
+    /// were kept for the drop alone, which would make young objects old.
+    fn take_back_dropped(&self, lists: &mut Lists) {
+        for object in self.roots().take_dropped() {
+            let Some(at) = self.space.cell_of(object) else {
+                continue;
+            };
+            let set = self.space.current();
+            self.space.bitmap(set, at.block).clear(at.cell);
+            let block = self.space.block(at.block);
+            if block.listed.load(Ordering::Relaxed) == 0 && !block.is_owned() {
+                self.space.touch(lists, at.block);
+            }
+        }
+    }
+
     /// Puts a block where it belongs now, and counts what is marked in it.
     fn reclaim(&self, lists: &mut Lists, number: u32) {
         let block = self.space.block(number);
+        block.listed.store(0, Ordering::Relaxed);
         let bitmap = self.space.bitmap(self.space.current(), number);
         let cells = block.cells.load(Ordering::Relaxed);
         let marked = bitmap.count(cells);
@@ -250,17 +267,22 @@ impl Core {
         }
     }
 
-    /// Decides when to collect next.
+    /// Decides when to collect next: when as much was allocated as is worth it. A full
+    /// collection looks at what is live, so three quarters of that. A minor one looks at the old
+    /// objects of written pages, as many as the last time if the program goes on as before: so
+    /// three quarters of those, and it never costs more for a byte than a full one.
     fn set_pace(&self, lists: &Lists, live: usize) {
         let in_use = (lists.committed - lists.free_blocks) as usize * BLOCK;
         (self.counters.heap_bytes).store(in_use as u64, Ordering::Relaxed);
         (self.counters.live_bytes).store(live as u64, Ordering::Relaxed);
         self.allocated.store(0, Ordering::Relaxed);
         let least = self.parameters.least_allowance;
+        let when_full = (live / 4 * 3).max(least * 2);
         let allowance = if self.tracker.is_tracking() {
-            (live / 16).clamp(least, least.max(MOST_YOUNG))
+            let looked_at = self.looked_at.load(Ordering::Relaxed);
+            (looked_at / 4 * 3).clamp(least, when_full)
         } else {
-            (live / 4 * 3).max(least)
+            when_full
         };
         self.allowance.store(allowance, Ordering::Relaxed);
     }
@@ -269,6 +291,6 @@ impl Core {
     fn is_full_due(&self) -> bool {
         let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
         let before = self.live_when_full.load(Ordering::Relaxed);
-        live > before + (before / 4 * 3).max(self.parameters.least_allowance * 2)
+        live > before + (before / 4 * 3).max(self.parameters.least_allowance * 4)
     }
 }

@@ -14,10 +14,34 @@
 //! during the cycle are live at its end, whatever happens to them; they are told by the
 //! cursors of their blocks, so allocating costs no more than at other times.
 //!
-//! Why nothing live is lost: suppose a live object is unmarked at the end. Follow a path to it
-//! from a root of the last pause; some marked object (or root) on it points to an unmarked
-//! one. Roots are looked at in the last pause. The marked object was looked at after it was
-//! marked; it got the pointer later, so its page was written later, and it was looked at again.
+//! # Why nothing live is lost
+//!
+//! It is an *incremental update* scheme: not what the program overwrote is kept (as by a
+//! snapshot at the beginning), but what it wrote is looked at. Suppose a live object is unmarked
+//! at the end. Follow a path to it from a root of the last pause; some marked object (or root) on
+//! it points to an unmarked one.
+//!
+//! ```text
+//!   root --> ... --> marked M --> unmarked U       U is U's first on the path
+//! ```
+//!
+//! Roots are looked at in the last pause, so it is an object M. M was looked through at least
+//! once after it was marked. Had the pointer to U been there then, U would be marked. So it was
+//! written later: after the first pause, which all writes before it precede. The page was in the
+//! tracker's set at some later time (see [`track`](crate::track)), at the last pause at the latest,
+//! and M, being marked, was looked through again with the pointer in it, unless that was
+//! overwritten since, which is the same argument from the start. If U was not in use at the first
+//! pause, it is a new cell, and those are all marked by their blocks' cursors
+//! ([`mark_new_cells`](Core::mark_new_cells)); their words are looked at because the allocation
+//! wrote to their pages.
+//!
+//! What the marker sees of a new cell or block beside the program: a block says its kind after its
+//! bitmaps are clear, and its cursor moves after the cells are zero, both by release and acquire;
+//! an object of a type is looked through once its description is there, which is written last.
+//!
+//! The cycle holds the collector's lock from its first pause to its last, so no other collection
+//! changes marks or frees blocks meanwhile. A thread that has allocated as much beside the cycle
+//! as was live before waits for its end.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -14,7 +14,7 @@
 //! cannot be stopped wherever `fork` is called, so its locks may be held by threads that the
 //! child does not have. The child is told so when it uses such a heap (see [`REFUSAL`]); it may
 //! make one of its own, and it may call `exec`.
-#![expect(unsafe_code, reason = "pthread_atfork")]
+#![cfg_attr(not(miri), expect(unsafe_code, reason = "pthread_atfork"))]
 
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Once;

@@ -44,7 +44,7 @@ impl Default for Parameters {
         Self {
             reservation: RESERVATION,
             mark_stack_entries: MARK_STACK_ENTRIES,
-            least_allowance: 4 << 20,
+            least_allowance: 2 << 20,
             is_stressed: false,
             stop_signal: None,
         }
@@ -66,6 +66,8 @@ pub(crate) struct Core {
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
+    /// Bytes of old objects that the last minor collection looked at.
+    pub(crate) looked_at: AtomicUsize,
     /// Bytes that were live after the last full collection.
     pub(crate) live_when_full: AtomicUsize,
     pub(crate) cycle: Cycle,
@@ -93,6 +95,7 @@ impl Core {
             collector: Mutex::new(stack),
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
+            looked_at: AtomicUsize::new(0),
             live_when_full: AtomicUsize::new(0),
             cycle: Cycle::default(),
             has_marker: AtomicBool::new(false),
@@ -187,7 +190,7 @@ impl Core {
     pub(crate) fn is_collection_due(&self) -> bool {
         if self.cycle.is_running() {
             let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
-            let most = live.max(self.parameters.least_allowance * 8);
+            let most = live.max(self.parameters.least_allowance * 16);
             return self.allocated.load(Ordering::Relaxed) >= most;
         }
         self.parameters.is_stressed

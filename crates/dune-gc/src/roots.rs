@@ -49,6 +49,8 @@ pub(crate) struct Roots {
     /// Objects that were found unreachable, after their finalizers. Their cells are kept until
     /// they are dropped, and not looked through: nobody will follow a pointer in them.
     dead: Vec<Droppable>,
+    /// Those of them that were dropped since the last collection.
+    dropped: Vec<usize>,
 }
 
 /// A list of things to be done with objects, of which a minor collection looks only at those
@@ -140,9 +142,16 @@ impl Roots {
         self.ready.pop()
     }
 
-    /// The next value to drop. Its cell is kept no longer by the list.
-    pub(crate) fn take_dead(&mut self) -> Option<Droppable> {
+    /// The next value to drop; and the one before was. Its cell is kept no longer by the list,
+    /// but marked still.
+    pub(crate) fn take_dead(&mut self, dropped: Option<usize>) -> Option<Droppable> {
+        self.dropped.extend(dropped);
         self.dead.pop()
+    }
+
+    /// Objects whose values are gone, and that nobody can reach.
+    pub(crate) fn take_dropped(&mut self) -> Vec<usize> {
+        core::mem::take(&mut self.dropped)
     }
 
     /// Whether finalizers or values wait.

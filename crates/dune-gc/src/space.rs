@@ -9,9 +9,13 @@ use crate::layout::{BITMAP_WORDS, BLOCK, BLOCK_PAGES, BLOCK_SHIFT, CLASSES, PAGE
 use crate::memory::{Reservation, Table};
 
 /// The smallest reservation that is worth a heap.
-const SMALLEST: usize = 64 << 20;
+const SMALLEST: usize = if cfg!(miri) { 1 << 20 } else { 64 << 20 };
 /// Blocks of the first segment, and the unit of all others.
-const SEGMENT_BLOCKS: u32 = (16 << 20 >> BLOCK_SHIFT) as u32;
+const SEGMENT_BLOCKS: u32 = if cfg!(miri) {
+    2
+} else {
+    (16 << 20 >> BLOCK_SHIFT) as u32
+};
 
 /// A cell of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +122,16 @@ impl Space {
     #[inline]
     pub(crate) fn block(&self, number: u32) -> &Block {
         &self.blocks[number as usize]
+    }
+
+    /// All blocks, of which [`used_blocks`](Self::used_blocks) are in use.
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The bitmaps of a set, by block.
+    pub(crate) fn bitmaps(&self, set: usize) -> &[[AtomicU64; BITMAP_WORDS]] {
+        &self.marks[set & 1]
     }
 
     #[inline]
@@ -300,6 +314,7 @@ impl Space {
     }
 
     pub(crate) fn touch(&self, lists: &mut Lists, number: u32) {
+        self.block(number).listed.store(1, Ordering::Relaxed);
         (self.block(number).next).store(lists.touched, Ordering::Relaxed);
         lists.touched = number;
     }
@@ -308,6 +323,7 @@ impl Space {
     pub(crate) fn give_room(&self, lists: &mut Lists, number: u32) {
         let block = self.block(number);
         let class = block.class() as usize;
+        block.listed.store(1, Ordering::Relaxed);
         let head = &mut lists.room[block.kind().index()][class];
         block.next.store(*head, Ordering::Relaxed);
         *head = number;

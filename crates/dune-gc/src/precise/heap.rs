@@ -19,7 +19,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking.
+    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking, 2 MiB between collections
+    /// at least.
     pub fn new() -> Self {
         Self {
             provider: Provider::Auto,

@@ -57,6 +57,9 @@ impl Mutator {
                 reason,
             })?;
         let thread = Arc::new(Thread::new());
+        #[cfg(miri)]
+        let tid = 0;
+        #[cfg(not(miri))]
         // SAFETY: has no conditions.
         let tid = unsafe { libc::gettid() };
         thread.tid.store(tid, Ordering::Relaxed);
@@ -336,9 +339,11 @@ impl Mutator {
                 Run::Untyped(function) => function(object),
             }
         }
-        while let Some((object, drop)) = core.take_dead() {
+        let mut dropped = None;
+        while let Some((object, drop)) = core.take_dead(dropped) {
             // SAFETY: found unreachable, and taken from the list, once.
             unsafe { drop(object) };
+            dropped = Some(object);
         }
     }
 }

@@ -59,6 +59,7 @@ each_provider! {
     objects::threads_that_wait_hold_up_nobody,
     objects::a_finalizer_may_bring_its_object_back_once,
     objects::a_panic_in_a_finalizer_or_drop_loses_no_other,
+    objects::what_was_dropped_makes_room,
     words::random_objects_agree_with_a_model,
     words::registers_stack_variables_and_ranges_keep,
     words::threads_in_system_calls_stop_and_go_on,

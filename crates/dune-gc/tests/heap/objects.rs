@@ -96,7 +96,7 @@ pub(crate) fn threads_share_a_graph_that_changes(provider: Provider) {
         mutator.root(mutator.alloc_array(SLOTS as usize))
     };
     let rounds = if provider == Provider::Dune {
-        5_000
+        20_000
     } else {
         40_000
     };
@@ -418,4 +418,36 @@ fn bounds() {
     can_be_shared::<dune_gc::Weak<Number>>();
     can_be_shared::<GcCell<Number>>();
     let _: Option<(Gc<'_, Number>, AtomicBool, AtomicU64)> = None;
+}
+
+/// Objects whose values need `Drop` are young like others, and their memory is used again.
+pub(crate) fn what_was_dropped_makes_room(provider: Provider) {
+    #[derive(Trace)]
+    struct Named {
+        _name: String,
+        next: GcCell<Named>,
+    }
+    let heap = Heap::new(config(provider).stop_the_world()).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let first = mutator.make(Named {
+        _name: "first".to_owned(),
+        next: GcCell::null(),
+    });
+    let rounds = if provider == Provider::Dune {
+        50_000
+    } else {
+        300_000
+    };
+    for round in 0..rounds {
+        let new = mutator.alloc(Named {
+            _name: format!("number {round}"),
+            next: GcCell::null(),
+        });
+        first.next.set(&mutator, Some(new));
+        mutator.safepoint();
+    }
+    let stats = heap.stats();
+    // Two collections' worth of the smallest heap, not all that was ever made.
+    assert!(stats.heap_bytes < 2 << 20, "{stats:?}");
+    assert!(stats.collections > 10, "{stats:?}");
 }
