@@ -57,7 +57,10 @@ fn the_example_counts_words_with_every_provider() {
         let expected = "800000 words, 20001 different, most of them \"the\": 400000; ";
         let rest = said.strip_prefix(expected).expect(&said);
         let collections = rest.strip_suffix(" collections\n").expect(&said);
-        assert!(collections.parse::<u64>().unwrap() > 1, "{provider}: {said}");
+        assert!(
+            collections.parse::<u64>().unwrap() > 1,
+            "{provider}: {said}"
+        );
     }
 }
 

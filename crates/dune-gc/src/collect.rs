@@ -291,6 +291,7 @@ impl Core {
     fn is_full_due(&self) -> bool {
         let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
         let before = self.live_when_full.load(Ordering::Relaxed);
-        live > before + (before / 4 * 3).max(self.parameters.least_allowance * 4)
+        self.parameters.is_stressed
+            || live > before + (before / 4 * 3).max(self.parameters.least_allowance * 4)
     }
 }

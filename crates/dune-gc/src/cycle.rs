@@ -10,9 +10,9 @@
 //!
 //! What the program writes meanwhile, the tracker knows: after the marker has followed all
 //! that the roots led to, it looks again at the marked objects of written pages, first beside
-//! the program (*cleaning*), then once more with the world stopped. Cells that are allocated
-//! during the cycle are live at its end, whatever happens to them; they are told by the
-//! cursors of their blocks, so allocating costs no more than at other times.
+//! the program (*cleaning*), then once more with the world stopped. Cells that were allocated
+//! before the last cleaning are live at the cycle's end, whatever happens to them; they are told
+//! by the cursors of their blocks, so allocating costs no more than at other times.
 //!
 //! # Why nothing live is lost
 //!
@@ -30,10 +30,9 @@
 //! written later: after the first pause, which all writes before it precede. The page was in the
 //! tracker's set at some later time (see [`track`](crate::track)), at the last pause at the latest,
 //! and M, being marked, was looked through again with the pointer in it, unless that was
-//! overwritten since, which is the same argument from the start. If U was not in use at the first
-//! pause, it is a new cell, and those are all marked by their blocks' cursors
-//! ([`mark_new_cells`](Core::mark_new_cells)); their words are looked at because the allocation
-//! wrote to their pages.
+//! overwritten since, which is the same argument from the start. It holds for a U that is new as
+//! for any other. (The cells that are new at a cleaning are marked then, all of them: what they
+//! lead to need not wait for the last pause.)
 //!
 //! What the marker sees of a new cell or block beside the program: a block says its kind after its
 //! bitmaps are clear, and its cursor moves after the cells are zero, both by release and acquire;
@@ -229,7 +228,6 @@ impl Core {
         let begin = Instant::now();
         let stopped = self.world.stop(self.parameters.stop_signal);
         self.tracker.collect(&self.space);
-        self.mark_new_cells(&marker);
         marker.scan_dirty();
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
@@ -246,8 +244,9 @@ impl Core {
         self.counters.collections.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Marks the cells that were allocated since the cycle began or since the last time. Their
-    /// words are looked at when their pages are, which are written ones.
+    /// Marks the cells that were allocated since the cycle began or since the last time, so that
+    /// what they lead to is marked beside the program. Their words are looked at when their
+    /// pages are, which are written ones.
     fn mark_new_cells(&self, marker: &Marker<'_>) {
         for number in 0..self.space.used_blocks() {
             let block = self.space.block(number);

@@ -33,7 +33,8 @@ pub(crate) struct Parameters {
     pub(crate) mark_stack_entries: usize,
     /// Bytes allocated between collections, at least.
     pub(crate) least_allowance: usize,
-    /// Collects at every allocation that needs the heap's lock.
+    /// Collects at every allocation that needs the heap's lock, young objects and then, beside
+    /// the program if that can be, everything.
     pub(crate) is_stressed: bool,
     /// Sent to threads that are to stop.
     pub(crate) stop_signal: Option<i32>,

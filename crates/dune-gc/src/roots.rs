@@ -13,8 +13,10 @@ use crate::precise::Mutator;
 /// What to run for an object that is not reachable any more.
 pub(crate) enum Run {
     Untyped(Box<dyn FnOnce(usize) + Send>),
-    Typed(Box<dyn FnOnce(usize, &Mutator) + Send>),
+    Typed(Box<TypedRun>),
 }
+
+type TypedRun = dyn FnOnce(usize, &Mutator) + Send;
 
 impl fmt::Debug for Run {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

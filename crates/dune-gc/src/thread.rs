@@ -45,7 +45,7 @@ impl Buffer {
     }
 }
 
-const ROW: [Buffer; CLASSES] = {
+const fn row() -> [Buffer; CLASSES] {
     let mut row = [const { Buffer::new(0) }; CLASSES];
     let mut class = 0;
     while class < CLASSES {
@@ -53,7 +53,7 @@ const ROW: [Buffer; CLASSES] = {
         class += 1;
     }
     row
-};
+}
 
 /// The thread runs, and may use the heap.
 pub(crate) const RUNNING: u32 = 0;
@@ -85,7 +85,7 @@ pub(crate) struct Thread {
 impl Thread {
     pub(crate) const fn new() -> Self {
         Self {
-            buffers: [ROW, ROW, ROW],
+            buffers: [row(), row(), row()],
             state: AtomicU32::new(RUNNING),
             is_critical: AtomicBool::new(false),
             safe_depth: AtomicU32::new(0),

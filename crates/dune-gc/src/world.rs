@@ -183,8 +183,10 @@ fn interrupt(thread: &Thread, signal: Option<i32>) {
         && let Some(signal) = signal
     {
         let tid = thread.tid.load(Ordering::Relaxed);
+        // SAFETY: has no conditions.
+        let process = unsafe { libc::getpid() };
         // SAFETY: sends a signal for which a handler is installed.
-        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+        unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) };
     }
 }
 
@@ -224,8 +226,8 @@ fn wait(word: &AtomicU32, value: u32, limit: Option<Duration>) -> bool {
     // SAFETY: word and limit outlive the call. `errno` is put back by callers that run in
     // signal handlers.
     let result = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, limit) };
-    // SAFETY: the thread's own.
-    result == 0 || unsafe { *libc::__errno_location() } != libc::ETIMEDOUT
+    // Another value at the start is a change too; this reads `errno` through the library.
+    result == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ETIMEDOUT)
 }
 
 fn wake(word: &AtomicU32) {

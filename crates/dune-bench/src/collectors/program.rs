@@ -103,7 +103,9 @@ pub(crate) fn not_built(folder: &Path, collector: Collector) -> Option<String> {
 /// runs as fast as it likes.
 fn read_ahead(program: &Path, document: &Path) {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let libraries = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    let libraries = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5));
     let libraries: BTreeSet<&Path> = libraries.map(Path::new).collect();
     for file in libraries.into_iter().chain([program, document]) {
         if file.is_file() {

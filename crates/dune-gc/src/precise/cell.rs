@@ -47,7 +47,7 @@ impl<'m, T: Trace> Gc<'m, T> {
     /// variable.
     #[inline]
     #[must_use]
-    pub fn as_ref(self) -> &'m T {
+    pub fn to_ref(self) -> &'m T {
         // SAFETY: no object is freed before the next safepoint, and nobody has a mutable
         // reference to one.
         unsafe { self.object.as_ref() }
@@ -74,7 +74,7 @@ impl<T: Trace> Deref for Gc<'_, T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        self.as_ref()
+        self.to_ref()
     }
 }
 

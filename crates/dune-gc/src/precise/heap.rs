@@ -55,7 +55,7 @@ impl Config {
         self
     }
 
-    /// Collects at every safepoint: for tests.
+    /// Collects at every safepoint, and beside the program all the time: for tests.
     pub fn stress(mut self) -> Self {
         self.parameters.is_stressed = true;
         self

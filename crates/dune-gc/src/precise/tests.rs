@@ -17,7 +17,7 @@ struct Node {
 fn node(value: u64) -> Node {
     Node {
         value,
-        name: (value % 3 == 0).then(|| format!("node {value}")),
+        name: value.is_multiple_of(3).then(|| format!("node {value}")),
         next: GcCell::null(),
         more: GcCell::null(),
     }
@@ -51,7 +51,7 @@ fn circles_arrays_weak_pointers_and_drops() {
     let mut expected = [0].into_iter().chain((1..40).rev());
     while let Some(found) = at {
         assert_eq!(Some(found.value), expected.next());
-        assert_eq!(found.name.is_some(), found.value % 3 == 0);
+        assert_eq!(found.name.is_some(), found.value.is_multiple_of(3));
         if let Some(more) = found.more.get(&mutator) {
             assert!(more[3].get(&mutator).unwrap().is(first.get(&mutator)));
         }

@@ -56,6 +56,7 @@ each_provider! {
     objects::agrees_with_the_model_without_a_marker,
     objects::pages_of_a_large_object_that_were_never_touched_are_followed,
     objects::threads_share_a_graph_that_changes,
+    objects::threads_share_a_graph_when_collecting_always,
     objects::threads_that_wait_hold_up_nobody,
     objects::a_finalizer_may_bring_its_object_back_once,
     objects::a_panic_in_a_finalizer_or_drop_loses_no_other,

@@ -88,17 +88,29 @@ pub(crate) fn pages_of_a_large_object_that_were_never_touched_are_followed(provi
 
 /// Each thread hangs lists into all slots of a table, cuts off others' and reads everybody's.
 pub(crate) fn threads_share_a_graph_that_changes(provider: Provider) {
-    const SLOTS: u64 = 256;
-    const THREADS: u64 = 4;
-    let heap = Heap::new(config(provider).young_bytes(256 << 10)).unwrap();
-    let table: Root<GcArray<Number>> = {
-        let mutator = heap.attach().unwrap();
-        mutator.root(mutator.alloc_array(SLOTS as usize))
-    };
-    let rounds = if provider == Provider::Dune {
+    share_a_graph(config(provider).young_bytes(256 << 10), rounds_of(provider));
+}
+
+/// The same while a cycle of marking runs beside them all the time.
+pub(crate) fn threads_share_a_graph_when_collecting_always(provider: Provider) {
+    share_a_graph(config(provider).stress(), rounds_of(provider) / 10);
+}
+
+fn rounds_of(provider: Provider) -> u64 {
+    if provider == Provider::Dune {
         20_000
     } else {
         40_000
+    }
+}
+
+fn share_a_graph(config: Config, rounds: u64) {
+    const SLOTS: u64 = 256;
+    const THREADS: u64 = 4;
+    let heap = Heap::new(config).unwrap();
+    let table: Root<GcArray<Number>> = {
+        let mutator = heap.attach().unwrap();
+        mutator.root(mutator.alloc_array(SLOTS as usize))
     };
     let work = |thread: u64| {
         let mut mutator = heap.attach().unwrap();
@@ -241,7 +253,7 @@ pub(crate) fn a_panic_in_a_finalizer_or_drop_loses_no_other(provider: Provider) 
         let finalized = mutator.alloc(number(n));
         mutator.set_finalizer(finalized, |_, dead| {
             RUNS.fetch_add(1, Ordering::Relaxed);
-            assert!(dead.value % 2 != 0, "on purpose");
+            assert!(!dead.value.is_multiple_of(2), "on purpose");
         });
     }
     let mut panics = 0;

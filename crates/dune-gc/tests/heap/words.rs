@@ -439,10 +439,8 @@ pub(crate) fn a_thread_on_an_alternate_stack_is_waited_for(provider: Provider) {
                 ss_size: stack.len(),
             };
             // SAFETY: memory that outlives its use.
-            assert_eq!(
-                unsafe { libc::sigaltstack(&raw const alternate, ptr::null_mut()) },
-                0
-            );
+            let result = unsafe { libc::sigaltstack(&raw const alternate, ptr::null_mut()) };
+            assert_eq!(result, 0);
             let own = new(5);
             // SAFETY: this thread's own object.
             unsafe { (*own).edges[2] = new(50) };
@@ -488,10 +486,8 @@ pub(crate) fn a_full_heap_is_a_null_pointer() {
         rlim_max: 1 << 30,
     };
     // SAFETY: of this process alone.
-    assert_eq!(
-        unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) },
-        0
-    );
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+    assert_eq!(result, 0);
     gc::init(Provider::None).unwrap();
     let table = gc::malloc(8 * 4096).cast::<*mut c_void>();
     let mut count = 0;
