@@ -263,8 +263,11 @@ pub(crate) fn die_of(signal: u32) {
 }
 
 /// Forbids core dumps of this process: they would hold the guard.
+///
+/// One byte, not none: where dumps go to a program, the kernel does not look at the limit but
+/// for this value, with which it refuses (core(5)); and into one byte no file fits.
 pub(crate) fn forbid_core_dumps() {
-    let none = [0_u64; 2];
+    let none = [1_u64; 2];
     let new = (&raw const none).expose_provenance() as u64;
     // SAFETY: the kernel reads one rlimit64.
     let _ = unsafe { syscall(__NR_prlimit64, [0, u64::from(RLIMIT_CORE), new, 0, 0, 0]) };
