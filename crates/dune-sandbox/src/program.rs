@@ -187,6 +187,8 @@ pub(crate) struct Program {
     in_snapshot: AtomicBool,
     /// Who decides at markers and ends, if anybody does.
     served: Option<Served>,
+    /// Whether programs get a vDSO here.
+    shows_clock: AtomicBool,
 }
 
 impl Program {
@@ -208,6 +210,7 @@ impl Program {
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
             in_snapshot: AtomicBool::new(false),
+            shows_clock: AtomicBool::new(false),
             served: None,
             threads: Threads::default(),
         }
@@ -293,6 +296,16 @@ impl Program {
     /// nobody traces the program, and the embedding program handles no call.
     pub(crate) fn lets_calls_pass_unseen(&self) -> bool {
         self.tracer.get().is_none() && self.handlers.get().is_none_or(Handlers::is_empty)
+    }
+
+    /// Whether programs get a vDSO here; not where their calls are to be seen.
+    pub(crate) fn shows_clock(&self) -> bool {
+        self.shows_clock.load(Ordering::Relaxed) && self.lets_calls_pass_unseen()
+    }
+
+    /// Sets what the engine can do; before the first program.
+    pub(crate) fn set_shows_clock(&self, shown: bool) {
+        self.shows_clock.store(shown, Ordering::Relaxed);
     }
 
     /// The process's id, the same for the program and the host.
