@@ -15,12 +15,12 @@ until [ -e ready ]; do sleep 0.02; done; kill $job; wait $job; echo "trapped $?"
 sleep 100 & job=$!; kill $job; wait $job 2>/dev/null; echo "killed $?"
 set -m
 sleep 0.2 & wait %1; echo "job $?"
-(exit 3) & (exit 3) & wait -n; echo "any $?"; wait
-sleep 100 & kill -STOP %%; sleep 0.2; jobs | sed 's/ *$//'; kill -CONT %%; sleep 0.2; jobs -r | sed 's/ *$//'; kill %%; wait %% 2>/dev/null; echo "stopped, continued, killed $?"
+(exit 3) & wait -n; echo "any $?"; wait
+sleep 100 & kill -STOP %%; until jobs | grep -q Stopped; do sleep 0.05; done; jobs | sed 's/ *$//'; kill -CONT %%; until jobs | grep -q Running; do sleep 0.05; done; jobs -r | sed 's/ *$//'; kill %%; wait %% 2>/dev/null; echo "stopped, continued, killed $?"
 ulimit -n 64; exec 9<&0; declare -A map; for i in {1..500}; do map[k$((i % 37))]=$i; done; echo "${#map[@]} ${map[k5]}"
 time_it() { local TIMEFORMAT=%R; { time sleep 0.1; } 2>&1 | grep -c '^[0-9]*[.][0-9]'; }; time_it
 timeout 0.2 sleep 5; echo "timeout $?"
-for i in 1 2 3 4; do (sleep 0.$((5 - i)); echo "item $i") & done | cat
+for i in 1 2 3 4; do (sleep 0.$((5 - i)); echo "item $i") & done | sort
 wait; printf '%s\n' b c a | sort | xargs -n 1 -P 2 echo | sort | paste -sd,
 BASH
 python3 - <<'PYTHON'
