@@ -78,7 +78,7 @@ mod vdso;
 pub use answers::Answers;
 pub use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 pub use error::EnterError;
-pub use machine::{descriptors, extended_features, windows};
+pub use machine::{descriptors, extended_features, vcpus, windows};
 pub use mode::{enter, enter_with, is_inside, leave, run};
 pub use options::Options;
 pub use user::{Trap, UserContext};

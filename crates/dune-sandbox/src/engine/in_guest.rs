@@ -26,7 +26,9 @@ use dune::memory::{AddressSpace, PteFlags, SpaceError, VirtRange};
 use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, UserRegs, UserState,
+};
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
 
@@ -310,6 +312,13 @@ impl Engine for InGuest {
 
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         NonNull::from(&*self.kick)
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: dune::vcpus(),
+            slots: dune::windows(),
+        }
     }
 
     fn fds(&self) -> Vec<RawFd> {

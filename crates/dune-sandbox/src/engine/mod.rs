@@ -192,6 +192,15 @@ impl Trap {
     }
 }
 
+/// What engines hold of the machine, for as long as their program runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Virtual CPUs: as many as there were threads at once, at most.
+    pub vcpus: usize,
+    /// Memory slots of the virtual machine.
+    pub slots: usize,
+}
+
 /// The engine cannot go on; the program cannot be run any further.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -360,6 +369,10 @@ pub trait Engine {
     /// wait: a signal that comes before `KVM_RUN` sets the byte, one that
     /// comes during it makes it return. Valid as long as the engine is.
     fn kick_byte(&self) -> core::ptr::NonNull<core::sync::atomic::AtomicU8>;
+
+    /// What the engine and its siblings hold of the machine now. Costs a lock;
+    /// not for the hot path.
+    fn holdings(&self) -> Holdings;
 
     /// File descriptors of the engine and its siblings, which the program must
     /// neither use nor close. They change by [`Engine::seed`], [`Seed::grow`]

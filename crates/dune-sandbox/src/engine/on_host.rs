@@ -66,7 +66,9 @@ use self::answers::Place;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, UserRegs, UserState,
+};
 use crate::clock;
 use crate::host;
 use crate::range::PageRange;
@@ -191,6 +193,10 @@ impl Shared {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn made(&self) -> MutexGuard<'_, Vec<Made>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A vCPU that nobody uses, an old one if there is any.
     fn cpu(&self) -> Result<Cpu, EngineError> {
         let idle = self
@@ -217,7 +223,7 @@ impl Shared {
     }
 
     fn new_cpu(&self) -> Result<Cpu, EngineError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made();
         let index = CpuIndex(made.len() as u32);
         if index.0 >= MOST_CPUS {
             return Err(EngineError::NoMemory {
@@ -264,7 +270,7 @@ impl Shared {
     /// This value and everything made by it must be forgotten, not dropped. The device is the
     /// caller's from then on.
     unsafe fn abandon(&self) -> OwnedFd {
-        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.made();
         for made in made.iter() {
             let (start, len) = made.area;
             // SAFETY: the area of a vCPU that nobody will use.
@@ -379,7 +385,12 @@ impl OnHost {
                     self.store_regs(user, &regs);
                     let mut error = PageFaultError::USER;
                     error.set(PageFaultError::WRITE, write);
-                    let addr = self.user_address(gpa).unwrap_or(regs.rip);
+                    let Some(addr) = self.user_address(gpa) else {
+                        // Its window was taken back meanwhile: the next try ends
+                        // in a page fault.
+                        self.suspect_everything()?;
+                        break Trap::Interrupted;
+                    };
                     break Trap::HostFault { addr, error };
                 }
                 Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.user_address(gpa)) {
@@ -829,12 +840,15 @@ impl Engine for OnHost {
         self.cpu.machine.kick_byte()
     }
 
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: self.shared.made().len(),
+            slots: self.shared.guest().memory.slots(),
+        }
+    }
+
     fn fds(&self) -> Vec<RawFd> {
-        let made = self
-            .shared
-            .made
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let made = self.shared.made();
         let vcpus = made.iter().map(|made| made.fd);
         vcpus.chain(self.shared.vm.fds()).collect()
     }
@@ -900,11 +914,26 @@ impl Guest {
         let mut start = range.start();
         while start < range.end() {
             let end = range.end().min((start | (WINDOW - 1)) + 1);
-            let gpa = self.memory.window(start).map_err(refused)?;
+            let gpa = self.window(start)?;
             self.map_piece(virt_range(start, end), GuestPhys::new_truncate(gpa), flags)?;
             start = end;
         }
         Ok(())
+    }
+
+    /// The guest physical address of `start`. Takes windows back where there are
+    /// many: what is not in the page tables now needs none.
+    fn window(&self, start: u64) -> Result<u64, EngineError> {
+        if self.memory.is_crowded() {
+            let is_used = |piece| {
+                let mut leaves = 0_u32;
+                self.tables
+                    .for_each_leaf(virt_range(piece, piece + WINDOW), |_| leaves += 1);
+                leaves > 0
+            };
+            self.memory.release_windows(is_used).map_err(refused)?;
+        }
+        self.memory.window(start).map_err(refused)
     }
 
     fn map_piece(
