@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dune_loader::{ImageError, find_command};
 
+use crate::calls::segment::Segment;
 use crate::confine::{self, ConfineError, SecondWall};
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
-use crate::host::SysResult;
+use crate::host::{Errno, SysResult};
 use crate::launch::{self, LaunchError};
 use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
@@ -21,6 +22,7 @@ use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
 use crate::snapshot::{Marker, Served, Service, SymbolError};
 use crate::trace::Tracer;
+use crate::working_set::{Running, Sampler};
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -49,9 +51,11 @@ pub struct Command {
     own_checks: bool,
     explain: Option<Arc<File>>,
     crash_report: Option<Arc<File>>,
+    segments: Vec<i32>,
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
+    sampler: Option<Arc<Mutex<Option<Sampler>>>>,
 }
 
 /// What became of a program.
@@ -104,6 +108,17 @@ pub enum RunError {
     /// The program cannot be stopped where it was asked for.
     #[error(transparent)]
     Symbol(#[from] SymbolError),
+    /// The engine does not say which memory the program uses.
+    #[error("this engine cannot say which memory a program uses; choose another placement")]
+    NotNoted,
+    /// A segment of shared memory that the program is given is not there.
+    #[error("cannot find the shared memory {id}: {errno}; ipcs -m lists what there is")]
+    Segment {
+        /// Its id.
+        id: i32,
+        /// What the host kernel said.
+        errno: Errno,
+    },
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -145,9 +160,11 @@ impl Command {
             own_checks: true,
             explain: None,
             crash_report: None,
+            segments: Vec::new(),
             handlers: Handlers::default(),
             tracer: None,
             service: None,
+            sampler: None,
         }
     }
 
@@ -279,6 +296,15 @@ impl Command {
         self
     }
 
+    /// Lets the program attach the System V shared memory of this id, which it
+    /// has no other way to reach (`shmat`; it stays attached until the program
+    /// ends).
+    #[must_use]
+    pub fn segment(mut self, id: i32) -> Self {
+        self.segments.push(id);
+        self
+    }
+
     /// Has `service` decide, when the program reaches `marker` and when it
     /// ends, how it goes on: see [`crate::snapshot`]. Of clones of this command,
     /// the first that runs is served.
@@ -286,6 +312,14 @@ impl Command {
     pub fn serve(mut self, marker: Marker, service: Box<dyn Service>) -> Self {
         let served = Served::new(marker, service);
         self.service = Some(Arc::new(Mutex::new(Some(served))));
+        self
+    }
+
+    /// Has `sampler` look at which memory the program uses. Of clones of this
+    /// command, the first that runs is sampled.
+    #[must_use]
+    pub fn sample(mut self, sampler: Sampler) -> Self {
+        self.sampler = Some(Arc::new(Mutex::new(Some(sampler))));
         self
     }
 
@@ -341,6 +375,11 @@ impl Command {
             guard.program.set_tracer(tracer);
         }
         signal::host::forbid_core_dumps();
+        let segments = self.segments.iter().map(|&id| {
+            let found = Segment::of(id);
+            found.map_err(|errno| RunError::Segment { id, errno })
+        });
+        let segments = segments.collect::<Result<Vec<_>, _>>()?;
         let needed = if policy.restricts_files() {
             policy::needed::to_load(&path, &environment)?
         } else {
@@ -358,7 +397,7 @@ impl Command {
                 what: "the count of threads",
                 errno,
             })?;
-        guard.configure(policy, self.crash_report);
+        guard.configure(policy, segments, self.crash_report);
         let served = self.service.and_then(|service| {
             let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
             service.take()
@@ -374,7 +413,21 @@ impl Command {
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
         }
+        let sampled = self.sampler.and_then(|sampler| {
+            let mut sampler = sampler.lock().unwrap_or_else(PoisonError::into_inner);
+            sampler.take()
+        });
+        let sampled = match sampled {
+            Some(sampler) => {
+                let usage = guard.engine.note_use().ok_or(RunError::NotNoted)?;
+                Some(sampler.begin(Arc::clone(&guard.program), usage))
+            }
+            None => None,
+        };
         let end = guard.run(&mut user)?;
+        if let Some(error) = sampled.and_then(Running::end) {
+            return Err(error.into());
+        }
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();
         Ok(Outcome {

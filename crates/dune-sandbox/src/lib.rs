@@ -61,6 +61,7 @@ pub mod trace;
 pub mod user;
 mod vfork;
 pub mod vma;
+pub mod working_set;
 
 pub use command::{Command, Outcome, RunError};
 pub use confine::SecondWall;
