@@ -337,6 +337,16 @@ pub(crate) fn again_in_lab(
     Ok(crate::lab(&lab))
 }
 
+/// The folder that a file is in.
+pub(crate) fn folder_of(file: &Path) -> PathBuf {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    if folder.as_os_str().is_empty() {
+        PathBuf::from(".")
+    } else {
+        folder.to_owned()
+    }
+}
+
 /// The arguments of `dune` in the lab for what was asked for here.
 fn arguments_in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> Vec<OsString> {
     let mut words = match trace {

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -153,7 +153,7 @@ pub(crate) fn wss(args: &WssArgs) -> anyhow::Result<ExitCode> {
     let placement = run::choose(args.placement)?;
     if placement == Placement::Lab {
         let files = args.svg.iter().chain(&args.output);
-        let folders = files.map(|file| folder_of(file)).collect();
+        let folders = files.map(|file| run::folder_of(file)).collect();
         return run::again_in_lab(args.words()?, None, false, folders);
     }
     let policy = args.policy.policy()?;
@@ -211,15 +211,6 @@ pub(crate) fn wss(args: &WssArgs) -> anyhow::Result<ExitCode> {
             observer.say(&output::one_line(&output::with_remedy(&error)));
             Ok(ExitCode::from(error.exit_code()))
         }
-    }
-}
-
-fn folder_of(file: &Path) -> PathBuf {
-    let folder = file.parent().unwrap_or(Path::new("."));
-    if folder.as_os_str().is_empty() {
-        PathBuf::from(".")
-    } else {
-        folder.to_owned()
     }
 }
 

@@ -223,7 +223,7 @@ fn afl_fuzz_finds_a_crash_and_a_hang() {
     run(Command::new("afl-cc").args(["-o", "target", "target.c"]));
     let mut fuzz = Command::new("timeout");
     fuzz.args([
-        "120", "afl-fuzz", "-V", "15", "-t", "500", "-i", "in", "-o", "out", "--",
+        "120", "afl-fuzz", "-D", "-V", "20", "-t", "500", "-i", "in", "-o", "out", "--",
     ])
     .arg(env!("CARGO_BIN_EXE_dune"))
     .args(["snap", "--afl", "--placement", HOST, "--", "./target"])

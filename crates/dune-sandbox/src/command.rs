@@ -20,7 +20,7 @@ use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
-use crate::snapshot::{Marker, Served, Service, SymbolError};
+use crate::snapshot::{Event, Marker, Next, ResumeError, Resumed, Served, Service, SymbolError};
 use crate::trace::Tracer;
 use crate::working_set::{Running, Sampler};
 
@@ -56,6 +56,7 @@ pub struct Command {
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
     sampler: Option<Arc<Mutex<Option<Sampler>>>>,
+    resumed: Option<Arc<Mutex<Option<Resumed>>>>,
 }
 
 /// What became of a program.
@@ -111,6 +112,9 @@ pub enum RunError {
     /// The engine does not say which memory the program uses.
     #[error("this engine cannot say which memory a program uses; choose another placement")]
     NotNoted,
+    /// The saved program cannot be resumed.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
     /// A segment of shared memory that the program is given is not there.
     #[error("cannot find the shared memory {id}: {errno}; ipcs -m lists what there is")]
     Segment {
@@ -165,7 +169,25 @@ impl Command {
             tracer: None,
             service: None,
             sampler: None,
+            resumed: None,
         }
+    }
+
+    /// Resumes a program that [`Stopped::save`](crate::snapshot::Stopped::save)
+    /// has saved, from where it was then: in the folder, with the environment and
+    /// the open files that it had, with this process's standard input, output
+    /// and error. The file may come from anybody. If the program is
+    /// [served](Command::serve), it is at its marker at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ResumeError`], if the file is none, is damaged, or was saved on another
+    /// kind of CPU or under another kernel.
+    pub fn resume(file: File) -> Result<Self, ResumeError> {
+        let resumed = Resumed::read(file)?;
+        let mut this = Self::new(resumed.exe());
+        this.resumed = Some(Arc::new(Mutex::new(Some(resumed))));
+        Ok(this)
     }
 
     /// Describes the program's death by a signal in `file`: registers and a
@@ -347,7 +369,14 @@ impl Command {
             .iter()
             .find(|(key, _)| key == "PATH")
             .map(|(_, value)| value.as_os_str());
-        let path = find_command(&self.program, search)?;
+        let resumed = self.resumed.and_then(|resumed| {
+            let mut resumed = resumed.lock().unwrap_or_else(PoisonError::into_inner);
+            resumed.take()
+        });
+        let path = match &resumed {
+            Some(resumed) => resumed.exe(),
+            None => find_command(&self.program, search)?,
+        };
         let name = self.name.as_ref().unwrap_or(&self.program);
         let argv = core::iter::once(name)
             .chain(&self.args)
@@ -380,7 +409,7 @@ impl Command {
             found.map_err(|errno| RunError::Segment { id, errno })
         });
         let segments = segments.collect::<Result<Vec<_>, _>>()?;
-        let needed = if policy.restricts_files() {
+        let needed = if policy.restricts_files() && resumed.is_none() {
             policy::needed::to_load(&path, &environment)?
         } else {
             Vec::new()
@@ -407,11 +436,33 @@ impl Command {
             guard.serve(served);
         }
         let stack_limit = guard.program.process().limits.stack();
-        let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
-        let entry = prepared.entry();
-        let mut user = prepared.load(&mut guard)?;
+        let was_saved = resumed.is_some();
+        let (mut user, entry) = match resumed {
+            Some(resumed) => {
+                guard.program.hide(&[resumed.fd()]);
+                (resumed.load(&mut guard)?, 0)
+            }
+            None => {
+                let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
+                let entry = prepared.entry();
+                (prepared.load(&mut guard)?, entry)
+            }
+        };
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
+        }
+        if is_served
+            && was_saved
+            && let Next::Finish(end) = guard.tell_service(Event::Marker, &mut user)?
+        {
+            let (missing, (refused, refusals)) =
+                (guard.missing_calls(), guard.program.policy().refusals());
+            return Ok(Outcome {
+                end,
+                missing,
+                refused,
+                refusals,
+            });
         }
         let sampled = self.sampler.and_then(|sampler| {
             let mut sampler = sampler.lock().unwrap_or_else(PoisonError::into_inner);

@@ -159,7 +159,9 @@ impl Guard {
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
         host::listen_to_kicks();
         // A program that has just begun is not ending.
-        let _ = self.program.threads.join(self.tid);
+        if !self.program.threads.has(self.tid) {
+            let _ = self.program.threads.join(self.tid);
+        }
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
 

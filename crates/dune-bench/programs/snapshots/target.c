@@ -1,18 +1,14 @@
-/* A small target for a fuzzer: reads a file, and looks at a few bytes of it. */
-#include <stdio.h>
+/* A small target for a fuzzer: reads its input, and looks at a few bytes of it. */
 #include <stdlib.h>
-#include <string.h>
+#include <unistd.h>
 
-int main(int argc, char **argv) {
-  char text[256];
-  FILE *file = argc > 1 ? fopen(argv[1], "rb") : stdin;
-  if (!file)
-    return 1;
-  size_t len = fread(text, 1, sizeof text, file);
+int main(void) {
+  static char text[256];
+  ssize_t len = read(0, text, sizeof text);
   if (len > 3 && text[0] == 'c' && text[1] == 'r' && text[2] == 'a')
     abort();
   if (len > 3 && text[0] == 'h' && text[1] == 'a' && text[2] == 'n')
     for (;;)
       ;
-  return len == 0;
+  return len <= 0;
 }

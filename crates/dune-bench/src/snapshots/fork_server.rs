@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "shared memory and descriptors of a child")]
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -30,8 +30,6 @@ pub(super) fn measure(
     meter: &Meter,
 ) -> Result<Figure, String> {
     let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-    let input = std::env::temp_dir().join(format!("dune-bench-input-{}", std::process::id()));
-    std::fs::write(&input, "hello").map_err(failed("the test case"))?;
     let mut command = match placement {
         None => Command::new(&choices.target),
         Some(placement) => {
@@ -41,8 +39,7 @@ pub(super) fn measure(
             command
         }
     };
-    command.arg(&input);
-    let figure = Server::start(command)
+    Server::start(command)
         .map_err(failed("the fork server"))
         .and_then(|mut server| {
             let mut result = Ok(());
@@ -53,9 +50,7 @@ pub(super) fn measure(
             });
             result.map_err(failed("a run"))?;
             Ok(figure)
-        });
-    let _ = std::fs::remove_file(&input);
-    figure
+        })
 }
 
 struct Server {
@@ -63,6 +58,7 @@ struct Server {
     requests: File,
     answers: File,
     map: i32,
+    input: File,
 }
 
 impl Server {
@@ -72,12 +68,17 @@ impl Server {
         if map < 0 {
             return Err(io::Error::last_os_error());
         }
+        // As a fuzzer's: one open file, which both sides move in.
+        let path = std::env::temp_dir().join(format!("dune-bench-input-{}", std::process::id()));
+        std::fs::write(&path, "hello")?;
+        let input = File::options().read(true).write(true).open(&path)?;
+        std::fs::remove_file(&path)?;
         let (theirs, requests) = io::pipe()?;
         let (answers, ours) = io::pipe()?;
         let ends: [OwnedFd; 2] = [theirs.into(), ours.into()];
         command
             .env("__AFL_SHM_ID", map.to_string())
-            .stdin(Stdio::null())
+            .stdin(input.try_clone()?)
             .stdout(Stdio::null());
         let [theirs, ours] = ends;
         // SAFETY: two system calls between fork and exec.
@@ -99,6 +100,7 @@ impl Server {
             requests: OwnedFd::from(requests).into(),
             answers: OwnedFd::from(answers).into(),
             map,
+            input,
         };
         // Hello.
         this.answer()?;
@@ -107,6 +109,7 @@ impl Server {
     }
 
     fn run(&mut self) -> io::Result<()> {
+        self.input.rewind()?;
         self.requests.write_all(&[0; 4])?;
         self.answer()?;
         let status = self.answer()?;

@@ -103,6 +103,11 @@ pub(super) fn serve(
     let (requests, answers) = fuzzer()?;
     let stand_ins = StandIns::begin(&run)?;
     let begun_by_target = marker == Marker::Fork;
+    let stop_at = if begun_by_target {
+        Marker::ForkedClosing(ANSWERS)
+    } else {
+        marker.clone()
+    };
     if !begun_by_target {
         descriptors::close(REQUESTS);
         descriptors::close(ANSWERS);
@@ -116,7 +121,7 @@ pub(super) fn serve(
         begun_by_target,
     };
     let place = marker_text(&marker);
-    let (mut observer, outcome) = finish(command.serve(marker, Box::new(service)), placement)?;
+    let (mut observer, outcome) = finish(command.serve(stop_at, Box::new(service)), placement)?;
     match outcome {
         Ok(outcome) if outcome.end == End::Exit(0) => Ok(ExitCode::SUCCESS),
         Ok(outcome) => {
@@ -203,7 +208,7 @@ impl Fuzzed {
     /// At the marker: whether there is a run to be made.
     fn begin(&mut self, program: &mut Stopped<'_>) -> anyhow::Result<bool> {
         if self.begun_by_target {
-            // The child would close them; so it does not have to each time.
+            // Its own are the child's to close, which it need not each time.
             let _ = program.close_descriptor(REQUESTS);
             let _ = program.close_descriptor(ANSWERS);
             program.push()?;

@@ -108,10 +108,7 @@ pub(super) fn serve(
         return Ok(ExitCode::from(DUNE_FAILED));
     }
     if !tally.began {
-        observer.say(&format!(
-            "the program ended before it reached the marker; choose another one with --at (now: \
-             {place})"
-        ));
+        observer.say(&super::not_reached(&place));
         return Ok(ExitCode::from(DUNE_FAILED));
     }
     if args.stats {

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`lines`] | a line of standard input for each |
 //! | [`afl`] | a fuzzer, by AFL's fork server protocol |
+//! | [`saved`] | nobody: the program goes to a file, or comes from one |
 //!
 //! What a snapshot is, and what it does not hold: [`dune_sandbox::snapshot`].
 
@@ -18,6 +19,7 @@ mod afl;
 mod descriptors;
 mod in_hand;
 mod lines;
+mod saved;
 mod stand_in;
 
 use std::ffi::OsString;
@@ -31,7 +33,7 @@ use dune_sandbox::snapshot::Marker;
 
 use crate::policy::{self, PolicyArgs};
 use crate::run::{self, Where};
-use crate::{observed, output, streams};
+use crate::{observed, output, streams, watchdog};
 
 /// Run a program to a marker once, and from there again and again.
 ///
@@ -56,12 +58,22 @@ pub(crate) struct SnapArgs {
 
     /// One run for each line of standard input, which is the run's whole
     /// standard input.
-    #[arg(long, required_unless_present = "afl", conflicts_with = "afl")]
+    #[arg(long, required_unless_present_any = ["afl", "save", "resume"],
+          conflicts_with_all = ["afl", "save"])]
     each_line: bool,
 
     /// Serve a fuzzer: AFL's fork server protocol on descriptors 198 and 199.
-    #[arg(long, conflicts_with = "timeout")]
+    #[arg(long, conflicts_with_all = ["timeout", "save", "resume"])]
     afl: bool,
+
+    /// Run the program to the marker, save it there in this file, and end it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["timeout", "resume"])]
+    save: Option<PathBuf>,
+
+    /// Go on with a program that was saved, on the same kind of CPU and under
+    /// the same kernel; with --each-line, again and again.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["at", "cwd"])]
+    resume: Option<PathBuf>,
 
     /// Where the code that guards the program runs [default: $DUNE_PLACEMENT,
     /// or the best that this machine has].
@@ -89,14 +101,20 @@ pub(crate) struct SnapArgs {
     stats: bool,
 
     /// The program and its arguments.
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(
+        required_unless_present = "resume",
+        conflicts_with = "resume",
+        trailing_var_arg = true,
+        value_name = "COMMAND"
+    )]
     command: Vec<OsString>,
 }
 
 const EXAMPLES: &str = "\
 Exit code: 0 if every run ended with 0, 123 if any did not (as xargs does), 125
 if Dune failed or the program ended before it reached the marker, 126 and 127 as
-in a shell. With --afl: 0 when the fuzzer has gone.
+in a shell. With --afl: 0 when the fuzzer has gone. With --resume alone: the
+program's own.
 
 What was printed before the marker and still waits in the program's own buffer
 is printed by each run.
@@ -106,6 +124,9 @@ Examples:
   dune snap --each-line --timeout 1s --json -- python3 -c 'import sys, json
   print(json.loads(sys.stdin.read()))' <lines
   dune snap --each-line --at symbol:parse -- ./parser <lines
+  dune snap --save ready.snap -- ./server-with-a-long-start
+  dune snap --resume ready.snap
+  dune snap --resume ready.snap --each-line <lines
   afl-fuzz -i in -o out -- dune snap --afl -- ./target @@
 
 A target for --afl is compiled with afl-cc, and served from its fork server on;
@@ -125,7 +146,7 @@ fn marker_text(marker: &Marker) -> String {
     match marker {
         Marker::ReadStdin => "stdin".to_owned(),
         Marker::Call => "call".to_owned(),
-        Marker::Fork => "fork".to_owned(),
+        Marker::Fork | Marker::ForkedClosing(_) => "fork".to_owned(),
         Marker::Symbol(name) => format!("symbol:{name}"),
     }
 }
@@ -147,7 +168,9 @@ impl SnapArgs {
     /// The arguments of `dune` in the lab for what was asked for here.
     fn words(&self) -> anyhow::Result<Vec<OsString>> {
         let mut words: Vec<OsString> = vec!["snap".into(), "--placement=auto".into()];
-        words.extend(["--at".into(), marker_text(&self.marker()).into()]);
+        if self.resume.is_none() {
+            words.extend(["--at".into(), marker_text(&self.marker()).into()]);
+        }
         words.extend(self.policy.words());
         if let Some(limit) = self.policy.policy()?.limits().timeout {
             words.extend(["--timeout".into(), limit.as_secs_f64().to_string().into()]);
@@ -161,10 +184,17 @@ impl SnapArgs {
             (self.json, "--json"),
             (self.stats, "--stats"),
         ];
+        for (option, file) in [("--save", &self.save), ("--resume", &self.resume)] {
+            if let Some(file) = file {
+                words.extend([option.into(), std::path::absolute(file)?.into_os_string()]);
+            }
+        }
         let set = flags.iter().filter(|(set, _)| *set);
         words.extend(set.map(|(_, flag)| OsString::from(flag)));
-        words.push("--".into());
-        words.extend(self.command.iter().cloned());
+        if self.resume.is_none() {
+            words.push("--".into());
+            words.extend(self.command.iter().cloned());
+        }
         Ok(words)
     }
 }
@@ -183,19 +213,44 @@ pub(crate) fn snap(args: &SnapArgs) -> anyhow::Result<ExitCode> {
                  lab -- afl-fuzz ... (`dune check` says why it has to be the lab)"
             );
         }
-        return run::again_in_lab(args.words()?, None, args.is_quiet(), Vec::new());
+        let folders = args.save.iter().map(|file| run::folder_of(file));
+        let folders = folders.collect();
+        return run::again_in_lab(args.words()?, None, args.is_quiet(), folders);
     }
     let policy = args.policy.policy()?;
     if let Some(warning) = policy::warning(&policy).filter(|_| !args.is_quiet()) {
         output::complain(&warning);
     }
     let limit = policy.limits().timeout;
+    if let Some(path) = &args.resume {
+        let command = saved::saved(path)?
+            .policy(policy)
+            .second_wall(args.policy.second_wall());
+        return if args.each_line {
+            lines::serve(args, command, placement, limit)
+        } else {
+            if let Some(limit) = limit {
+                watchdog::start(limit, path.display().to_string(), args.json)?;
+            }
+            saved::go_on(command, placement)
+        };
+    }
     let command = run::command(&args.command, &args.policy, policy, args.cwd.as_deref());
     if args.afl {
         afl::serve(args, command, placement)
+    } else if let Some(path) = &args.save {
+        saved::save(args, path, command, placement)
     } else {
         lines::serve(args, command, placement, limit)
     }
+}
+
+/// What is said of a program that never got where it should be kept.
+fn not_reached(place: &str) -> String {
+    format!(
+        "the program ended before it reached the marker; choose another one with --at (now: \
+         {place})"
+    )
 }
 
 /// Runs the program to the end of its last run.

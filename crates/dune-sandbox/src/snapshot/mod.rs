@@ -72,23 +72,30 @@
 //! outside, and `SIGKILL`.
 
 mod descriptors;
+mod image;
 pub(crate) mod memory;
 mod ranges;
+mod resume;
+mod save;
 mod state;
 mod symbol;
 pub(crate) mod watch;
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use linux_raw_sys::general::{
     __NR_clone, __NR_close, __NR_dup3, __NR_fork, __NR_prctl, __NR_pread64, __NR_read, __NR_readv,
-    CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID, SIGCHLD,
+    __NR_rt_sigaction, __NR_rt_sigprocmask, __NR_set_robust_list, CLONE_CHILD_CLEARTID,
+    CLONE_CHILD_SETTID, SIGCHLD,
 };
 
+pub use self::image::ResumeError;
 pub use self::memory::Restored;
+pub(crate) use self::resume::Resumed;
+pub use self::save::{SaveError, Saved};
 pub(crate) use self::state::State;
 use self::state::StateError;
 pub(crate) use self::symbol::Breakpoint;
@@ -124,6 +131,10 @@ pub enum Marker {
     /// the child would. So a fork server, which forks for each run, is served
     /// by snapshots instead.
     Fork,
+    /// As [`Marker::Fork`], and then after it has closed this descriptor, as a
+    /// fork server's child does with what belongs to the server: each run need
+    /// not do it again. Earlier, if it makes a call that does not belong to that.
+    ForkedClosing(RawFd),
 }
 
 /// Why the program has stopped.
@@ -218,6 +229,9 @@ pub(crate) struct Served {
     service: Mutex<Option<Box<dyn Service>>>,
     marker: Option<Marker>,
     breakpoint: Mutex<Option<Breakpoint>>,
+    /// Whether it goes on as the child of a `fork`, for
+    /// [`Marker::ForkedClosing`].
+    forked: AtomicBool,
     /// The program's file, and where its entry point is.
     image: OnceLock<(PathBuf, u64)>,
     points: Mutex<Vec<State>>,
@@ -636,6 +650,20 @@ impl Guard {
                 let first = locked(&served.points).is_empty();
                 first && self.becomes_the_child(user)
             }
+            (Trap::Syscall, Some(Marker::ForkedClosing(fd))) => {
+                if !locked(&served.points).is_empty() {
+                    false
+                } else if !served.forked.load(Ordering::Relaxed) {
+                    if self.becomes_the_child(user) {
+                        served.forked.store(true, Ordering::Relaxed);
+                        // On to where it has closed the descriptor.
+                        return Ok(Some(Resume::Continue));
+                    }
+                    false
+                } else {
+                    self.has_left_the_server(*fd, user)
+                }
+            }
             (Trap::Exception { vector: 3, .. }, Some(Marker::Symbol(_))) => {
                 let mut breakpoint = locked(&served.breakpoint);
                 match breakpoint.take_if(|breakpoint| breakpoint.is_behind(user.regs.rip)) {
@@ -683,6 +711,29 @@ impl Guard {
         }
         regs.rax = 0;
         true
+    }
+
+    /// Whether the program, a fork server's child, is done with what belongs to
+    /// the server: closes `fd` right now, or calls what does not belong to it.
+    #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
+    fn has_left_the_server(&mut self, fd: RawFd, user: &mut UserState) -> bool {
+        let regs = &mut user.regs;
+        match regs.rax as u32 {
+            __NR_close if regs.rdi as RawFd == fd => {
+                let hidden = self.program.hidden_fds();
+                if hidden.binary_search(&fd).is_err() {
+                    let _ = forward_always(__NR_close, [fd as u64, 0, 0, 0, 0, 0]);
+                }
+                regs.rax = 0;
+                true
+            }
+            __NR_close | __NR_rt_sigaction | __NR_rt_sigprocmask | __NR_set_robust_list => false,
+            _ => {
+                // The call itself belongs to the run.
+                regs.rip = regs.rip.wrapping_sub(SYSCALL_LEN);
+                true
+            }
+        }
     }
 
     /// A run has ended. Ends the other threads and asks the service.
