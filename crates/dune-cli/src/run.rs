@@ -202,7 +202,9 @@ fn here(
         command = command.crash_report_to(observer.another()?);
     }
     streams::close_again();
-    match command.run(Box::new(engine)) {
+    let ended = command.run(Box::new(engine));
+    watchdog::let_end();
+    match ended {
         Ok(outcome) => {
             if !args.is_quiet() && trace.is_none() {
                 let warnings = [missing_calls(&outcome.missing), refusals(args, &outcome)];

@@ -33,7 +33,7 @@
 //!
 //! # What is not here yet
 //!
-//! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
+//! - System V shared memory (but what [`Command::segment`] gives), semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
 //! - A vDSO: clocks are system calls.

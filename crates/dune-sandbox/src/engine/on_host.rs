@@ -51,7 +51,7 @@ mod machine;
 use core::mem::{ManuallyDrop, offset_of};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::os::fd::RawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -184,8 +184,8 @@ struct Cpu {
 unsafe impl Send for Cpu {}
 
 impl Shared {
-    fn new() -> Result<Self, EngineError> {
-        let vm = Vm::new()?;
+    fn new(device: Option<OwnedFd>) -> Result<Self, EngineError> {
+        let vm = Vm::new(device)?;
         let memory = Rc::new(Memory::new(vm.fd(), vm.physical_bits()));
         let handle = Handle(Rc::clone(&memory));
         let tables = PageTable::new(handle.clone(), handle).map_err(|_| no_tables(&memory))?;
@@ -279,8 +279,9 @@ impl Shared {
     ///
     /// # Safety
     ///
-    /// This value and everything made by it must be forgotten, not dropped.
-    unsafe fn abandon(&self) {
+    /// This value and everything made by it must be forgotten, not dropped. The device is the
+    /// caller's from then on.
+    unsafe fn abandon(&self) -> OwnedFd {
         let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         for made in made.iter() {
             let (start, len) = made.area;
@@ -288,12 +289,15 @@ impl Shared {
             let _ = unsafe { dune_kvm::sys::unmap(start as *mut u8, len) };
             host::close(made.fd);
         }
-        host::close(self.vm.fd());
+        let [vm, device] = self.vm.fds();
+        host::close(vm);
         // Taken by another thread at the moment of the fork: that thread is not
         // here to give it back, and the memory stays.
         if let Ok(guest) = self.guest.try_lock() {
             guest.memory.unmap_arenas();
         }
+        // SAFETY: its owner is forgotten, as the caller promises.
+        unsafe { OwnedFd::from_raw_fd(device) }
     }
 }
 
@@ -306,7 +310,11 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new()?);
+        Self::on(None)
+    }
+
+    fn on(device: Option<OwnedFd>) -> Result<Self, EngineError> {
+        let shared = Arc::new(Shared::new(device)?);
         let cpu = shared.cpu()?;
         Ok(Self::with(shared, cpu))
     }
@@ -710,8 +718,8 @@ impl Engine for OnHost {
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
-        unsafe { self.shared.abandon() };
-        let new = Self::new();
+        let device = unsafe { self.shared.abandon() };
+        let new = Self::on(Some(device));
         let old = core::mem::replace(self, new?);
         core::mem::forget(old);
         Ok(())
@@ -775,7 +783,7 @@ impl Engine for OnHost {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let vcpus = made.iter().map(|made| made.fd);
-        vcpus.chain([self.shared.vm.fd()]).collect()
+        vcpus.chain(self.shared.vm.fds()).collect()
     }
 }
 

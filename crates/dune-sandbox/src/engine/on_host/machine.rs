@@ -72,6 +72,9 @@ pub(super) struct XState {
 #[derive(Debug)]
 pub(super) struct Vm {
     vm: OwnedFd,
+    /// `/dev/kvm`. Kept for the VMs of forked processes: the program may give up the right
+    /// to open it.
+    device: OwnedFd,
     run_len: usize,
     landing: Landing,
     features: probe::Features,
@@ -79,7 +82,8 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new() -> Result<Self, EngineError> {
+    /// On the device that another VM was made on, if there is one.
+    pub(super) fn new(device: Option<OwnedFd>) -> Result<Self, EngineError> {
         let report = probe::probe();
         let landing = match &report.kvm {
             Kvm::Weak { measurements, .. } if measurements.syscall_cpl == Some(3) => Landing::Ring3,
@@ -94,15 +98,11 @@ impl Vm {
         let (Some(_), Some(features)) = (&report.cpuid, report.features()) else {
             return Err(no_cpuid());
         };
-        let device = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(DEVICE)
-            .map_err(|source| EngineError::Kvm {
-                what: "to open /dev/kvm",
-                source,
-            })?;
-        let device = device.as_raw_fd();
+        let kept = match device {
+            Some(device) => device,
+            None => open_device()?,
+        };
+        let device = kept.as_raw_fd();
         let cap = kvm::KVM_CAP_SYNC_REGS as usize;
         let sync = plain(
             device,
@@ -129,11 +129,17 @@ impl Vm {
         let run_len = plain(device, "KVM_GET_VCPU_MMAP_SIZE", request, 0)?;
         Ok(Self {
             vm,
+            device: kept,
             run_len,
             landing,
             features,
             xstate: XState::of_this_cpu(features.xcr0_mask),
         })
+    }
+
+    /// What the program must neither use nor close.
+    pub(super) fn fds(&self) -> [RawFd; 2] {
+        [self.vm.as_raw_fd(), self.device.as_raw_fd()]
     }
 
     /// The descriptor, for memory slots.
@@ -556,6 +562,14 @@ fn plain(
 }
 
 /// A request that makes a descriptor, which is moved out of the program's way.
+fn open_device() -> Result<OwnedFd, EngineError> {
+    let what = "to open /dev/kvm";
+    let mut options = std::fs::File::options();
+    let device = options.read(true).write(true).open(DEVICE);
+    let device = device.and_then(|device| move_fd_high(device.into()));
+    device.map_err(|source| EngineError::Kvm { what, source })
+}
+
 fn create(
     fd: RawFd,
     what: &'static str,
