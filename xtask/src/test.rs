@@ -43,6 +43,8 @@ const PROGRAMS: &[Tool] = &[
     tool("sqlite3", "sqlite3"),
     tool("afl-fuzz", "afl++"),
     tool("strace", "strace"),
+    tool("gdb", "gdb"),
+    tool("gcc", "gcc"),
 ];
 
 const fn tool(program: &'static str, package: &'static str) -> Tool {

@@ -11,6 +11,7 @@ use dune_loader::{ImageError, find_command};
 
 use crate::calls::segment::Segment;
 use crate::confine::{self, ConfineError, SecondWall};
+use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
@@ -55,8 +56,12 @@ pub struct Command {
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
+<<<<<<< HEAD
     sampler: Option<Arc<Mutex<Option<Sampler>>>>,
     resumed: Option<Arc<Mutex<Option<Resumed>>>>,
+=======
+    debugger: Option<Arc<Debugger>>,
+>>>>>>> main
 }
 
 /// What became of a program.
@@ -168,8 +173,12 @@ impl Command {
             handlers: Handlers::default(),
             tracer: None,
             service: None,
+<<<<<<< HEAD
             sampler: None,
             resumed: None,
+=======
+            debugger: None,
+>>>>>>> main
         }
     }
 
@@ -318,12 +327,20 @@ impl Command {
         self
     }
 
+<<<<<<< HEAD
     /// Lets the program attach the System V shared memory of this id, which it
     /// has no other way to reach (`shmat`; it stays attached until the program
     /// ends).
     #[must_use]
     pub fn segment(mut self, id: i32) -> Self {
         self.segments.push(id);
+=======
+    /// Stops the program at its first instruction until gdb is there, and has
+    /// it debugged. Of clones of this command, the first that runs is.
+    #[must_use]
+    pub fn debugger(mut self, debugger: Debugger) -> Self {
+        self.debugger = Some(Arc::new(debugger));
+>>>>>>> main
         self
     }
 
@@ -403,6 +420,9 @@ impl Command {
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);
         }
+        if let Some(debugger) = &self.debugger {
+            guard.program.set_debugger(debugger);
+        }
         signal::host::forbid_core_dumps();
         let segments = self.segments.iter().map(|&id| {
             let found = Segment::of(id);
@@ -451,6 +471,7 @@ impl Command {
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
         }
+<<<<<<< HEAD
         if is_served
             && was_saved
             && let Next::Finish(end) = guard.tell_service(Event::Marker, &mut user)?
@@ -479,6 +500,16 @@ impl Command {
         if let Some(error) = sampled.and_then(Running::end) {
             return Err(error.into());
         }
+=======
+        if let Some(debugger) = &self.debugger {
+            debugger.begin(&guard.program, guard.engine.xcr0());
+        }
+        let end = guard.run(&mut user);
+        if let Some(debugger) = &self.debugger {
+            debugger.end(end.as_ref().ok().copied());
+        }
+        let end = end?;
+>>>>>>> main
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();
         Ok(Outcome {

@@ -5,7 +5,7 @@
 //!   ring 3 of the guest           ring 0 of the guest         the host side
 //!   -------------------           -------------------         -------------
 //!   SYSCALL ------------------->  landing: out  ------------>  Trap::Syscall
-//!     (weak KVM: the landing is at ring 3 too)
+//!     (weak KVM: the landing is at ring 3 too, and has some answers itself)
 //!   page fault, #UD, int3 ----->  vector's stub: out ------->  Trap::PageFault, ...
 //!   <---------------------------  iretq  <-------------------  run
 //!   <--------------------------------------------------------  run (weak KVM, after SYSCALL)
@@ -44,6 +44,7 @@
     reason = "the guard's pages in the guest and the kick byte"
 )]
 
+mod answers;
 mod arenas;
 mod layout;
 mod machine;
@@ -61,14 +62,21 @@ use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
 use dune_x86::trap::vector;
 use kvm_bindings::kvm_regs;
 
+use self::answers::Place;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
+<<<<<<< HEAD
 use self::machine::{Exit, KVM_XSAVE_BYTES, Machine, Vm};
 use super::{
     Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
 };
+=======
+use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
+use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+>>>>>>> main
 use crate::host;
 use crate::range::PageRange;
+use crate::signal::host::thread_id;
 
 const PAGE: u64 = 4096;
 
@@ -104,6 +112,8 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// Whether calls whose answer never changes may be answered unseen.
+    unseen: bool,
 }
 
 /// What the engines of a program's threads share.
@@ -175,6 +185,8 @@ struct Cpu {
     index: CpuIndex,
     stack: NonNull<u8>,
     scratch: NonNull<u8>,
+    /// Where it lands at ring 3.
+    answers: Option<NonNull<u8>>,
     stand: Stand,
     /// The segment bases that the vCPU has.
     bases: (u64, u64),
@@ -257,6 +269,12 @@ impl Shared {
         );
         let stack = guest.guard_page(index.stack(), PteFlags::RW)?;
         let scratch = guest.guard_page(index.scratch(), PteFlags::RW | PteFlags::USER)?;
+        let answers = match machine.landing() {
+            Landing::Ring0 => None,
+            Landing::Ring3 => {
+                Some(guest.guard_page(index.answers(), PteFlags::RX | PteFlags::USER)?)
+            }
+        };
         // SAFETY: nothing but the guard's pages and the program's memory
         // (`admit`) is ever mapped.
         unsafe { machine.set_up(index, guest.tables.root()) }?;
@@ -269,6 +287,7 @@ impl Shared {
             index,
             stack,
             scratch,
+            answers,
             stand: Stand::Ring3,
             bases: (0, 0),
         })
@@ -325,6 +344,7 @@ impl OnHost {
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
+            unseen: false,
         }
     }
 
@@ -375,6 +395,10 @@ impl OnHost {
                     // SAFETY: the byte is in the area that the machine owns.
                     let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
                     interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
+                    if interrupted && let Some(trap) = self.interrupted_answer(user)? {
+                        interrupted = trap != Trap::Interrupted;
+                        break trap;
+                    }
                     if interrupted && self.at_rest_in_ring3()? {
                         interrupted = false;
                         self.store(user);
@@ -424,6 +448,37 @@ impl OnHost {
             return Ok(false);
         }
         Ok(!self.cpu.machine.exception_is_pending()?)
+    }
+
+    /// What a vCPU that stands in a page of answers is on the way to: the guard
+    /// is asked, if nothing is decided yet; otherwise the program goes on
+    /// behind its call, and nothing is left of it but the interruption.
+    fn interrupted_answer(&mut self, user: &mut UserState) -> Result<Option<Trap>, EngineError> {
+        let regs = self.cpu.machine.regs();
+        let Some(place) = layout::offset_in_answers(regs.rip).and_then(answers::place) else {
+            return Ok(None);
+        };
+        if self.cpu.machine.exception_is_pending()? {
+            return Ok(None);
+        }
+        self.store_regs(user, &regs);
+        user.regs.rflags = sanitised(regs.r11);
+        user.regs.rip = regs.rcx;
+        if place == Place::Turned {
+            user.regs.rip = regs.rcx.rotate_right(16) & (LOWER_HALF_END - 1);
+            user.regs.rcx = user.regs.rip;
+        }
+        if !is_lower_half(user.regs.rip) {
+            return Ok(Some(general_protection()));
+        }
+        Ok(Some(match place {
+            Place::Intact | Place::Turned => Trap::Syscall,
+            Place::Answering(answer) => {
+                let (pid, tid) = ids();
+                user.regs.rax = answers::value(answer, pid, tid);
+                Trap::Interrupted
+            }
+        }))
     }
 
     /// Finishes an access that KVM exited for, so that it does not disturb the
@@ -685,9 +740,19 @@ impl Engine for OnHost {
         self.enter(user)
     }
 
-    fn answer_by_itself(&mut self, _may: bool) -> Result<(), EngineError> {
-        // It traps at every call.
-        Ok(())
+    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
+        self.unseen = may;
+        let cpu = &self.cpu;
+        let landing = match cpu.answers {
+            Some(page) if may => {
+                // Of the thread that had the vCPU before, or of nobody.
+                let (pid, tid) = ids();
+                fill(page, &answers::page(cpu.index, pid, tid));
+                cpu.index.answers()
+            }
+            _ => layout::syscall_entry(cpu.machine.landing()),
+        };
+        cpu.machine.land_at(landing)
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
@@ -702,6 +767,15 @@ impl Engine for OnHost {
     fn note_use(&mut self) -> Option<Box<dyn Usage>> {
         self.shared.notes_use.store(true, Ordering::Relaxed);
         Some(Box::new(Used(Arc::clone(&self.shared))))
+    }
+
+    fn admit_ahead(&mut self, range: PageRange, access: Access) -> Result<(), EngineError> {
+        // A fault would admit as much. Of what is larger, such as the stack of a
+        // thread, nobody knows where it is touched first.
+        if range.len() > BLOCK {
+            return Ok(());
+        }
+        self.shared.guest().map(range, user_flags(access))
     }
 
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
@@ -721,8 +795,10 @@ impl Engine for OnHost {
         let device = unsafe { self.shared.abandon() };
         let new = Self::on(Some(device));
         let old = core::mem::replace(self, new?);
+        let unseen = old.unseen;
         core::mem::forget(old);
-        Ok(())
+        // The ids are the child's own.
+        self.answer_by_itself(unseen)
     }
 
     fn xcr0(&self) -> u64 {
@@ -884,6 +960,11 @@ impl Guest {
         flush.ignore(NoFlush::CoveredByLargerFlush);
         Ok(())
     }
+}
+
+/// The process and the thread that this is.
+fn ids() -> (u32, u32) {
+    (std::process::id(), thread_id())
 }
 
 fn fill(page: NonNull<u8>, contents: &[u8; PAGE as usize]) {

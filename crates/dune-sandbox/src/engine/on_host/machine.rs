@@ -14,6 +14,7 @@ use dune_x86::descriptors::{STAR, SYSCALL_FLAG_MASK, TSS_SELECTOR, USER_CS, USER
 use dune_x86::regs;
 use kvm_bindings as kvm;
 
+use super::answers;
 use super::layout::{self, CpuIndex};
 use crate::engine::EngineError;
 use crate::host::move_fd_high;
@@ -254,7 +255,13 @@ impl Machine {
         self.set_msrs(&[
             (regs::MSR_STAR, STAR),
             (regs::MSR_LSTAR, layout::syscall_entry(self.landing)),
-            (regs::MSR_FMASK, SYSCALL_FLAG_MASK),
+            (
+                regs::MSR_FMASK,
+                match self.landing {
+                    Landing::Ring0 => SYSCALL_FLAG_MASK,
+                    Landing::Ring3 => answers::FLAG_MASK,
+                },
+            ),
             (regs::MSR_PAT, regs::PAT_LINUX),
         ])?;
         if self.features.xcr0_mask != 0 {
@@ -294,6 +301,11 @@ impl Machine {
         // SAFETY: the area is mapped, and KVM reads it in KVM_RUN only.
         unsafe { (*run).kvm_valid_regs = SYNCED };
         Ok(())
+    }
+
+    /// Where system calls land from here on.
+    pub(super) fn land_at(&self, address: u64) -> Result<(), EngineError> {
+        self.set_msrs(&[(regs::MSR_LSTAR, address)])
     }
 
     pub(super) fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), EngineError> {
