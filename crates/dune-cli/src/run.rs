@@ -197,15 +197,11 @@ fn here(
     if let Some(limit) = policy.limits().timeout {
         watchdog::start(limit, program_name(args), args.json)?;
     }
-<<<<<<< HEAD
     let mut command = command(&args.command, &args.policy, policy, args.cwd.as_deref());
-=======
-    let mut command = command(args, policy);
     if let Some(address) = &args.gdb {
         // Before the engine, so that its thread stays outside.
         command = command.debugger(wait_for_gdb(args, address)?);
     }
->>>>>>> main
     let trace = trace.map(Trace::start).transpose()?;
     if let Some(trace) = &trace {
         command = command.tracer(trace.tracer());
@@ -332,6 +328,12 @@ fn missing_calls(missing: &[MissingCall]) -> Option<String> {
 
 /// The same command again, inside of the lab, where KVM runs ring 0.
 fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
+    if args.gdb.is_some() {
+        bail!(
+            "--gdb cannot reach into the lab, which has no network; it needs a KVM on this \
+             machine (`dune check` says what there is)"
+        );
+    }
     // Starting the lab takes time, too, which is not the program's.
     let timeout = args.policy.policy()?.limits().timeout;
     again_in_lab(
@@ -359,12 +361,6 @@ pub(crate) fn again_in_lab(
     struct Lab {
         #[command(flatten)]
         lab: dune_lab::LabArgs,
-    }
-    if args.gdb.is_some() {
-        bail!(
-            "--gdb cannot reach into the lab, which has no network; it needs a KVM on this \
-             machine (`dune check` says what there is)"
-        );
     }
     let dune = std::env::current_exe().context("cannot find this program's own file")?;
     let mut words: Vec<OsString> = vec!["dune".into(), "--".into(), dune.into_os_string()];

@@ -56,12 +56,9 @@ pub struct Command {
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
-<<<<<<< HEAD
     sampler: Option<Arc<Mutex<Option<Sampler>>>>,
     resumed: Option<Arc<Mutex<Option<Resumed>>>>,
-=======
     debugger: Option<Arc<Debugger>>,
->>>>>>> main
 }
 
 /// What became of a program.
@@ -173,12 +170,9 @@ impl Command {
             handlers: Handlers::default(),
             tracer: None,
             service: None,
-<<<<<<< HEAD
             sampler: None,
             resumed: None,
-=======
             debugger: None,
->>>>>>> main
         }
     }
 
@@ -327,20 +321,20 @@ impl Command {
         self
     }
 
-<<<<<<< HEAD
     /// Lets the program attach the System V shared memory of this id, which it
     /// has no other way to reach (`shmat`; it stays attached until the program
     /// ends).
     #[must_use]
     pub fn segment(mut self, id: i32) -> Self {
         self.segments.push(id);
-=======
+        self
+    }
+
     /// Stops the program at its first instruction until gdb is there, and has
     /// it debugged. Of clones of this command, the first that runs is.
     #[must_use]
     pub fn debugger(mut self, debugger: Debugger) -> Self {
         self.debugger = Some(Arc::new(debugger));
->>>>>>> main
         self
     }
 
@@ -471,7 +465,6 @@ impl Command {
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
         }
-<<<<<<< HEAD
         if is_served
             && was_saved
             && let Next::Finish(end) = guard.tell_service(Event::Marker, &mut user)?
@@ -496,11 +489,6 @@ impl Command {
             }
             None => None,
         };
-        let end = guard.run(&mut user)?;
-        if let Some(error) = sampled.and_then(Running::end) {
-            return Err(error.into());
-        }
-=======
         if let Some(debugger) = &self.debugger {
             debugger.begin(&guard.program, guard.engine.xcr0());
         }
@@ -509,7 +497,9 @@ impl Command {
             debugger.end(end.as_ref().ok().copied());
         }
         let end = end?;
->>>>>>> main
+        if let Some(error) = sampled.and_then(Running::end) {
+            return Err(error.into());
+        }
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();
         Ok(Outcome {

@@ -166,14 +166,10 @@ impl Guard {
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
         host::listen_to_kicks();
         // A program that has just begun is not ending.
-<<<<<<< HEAD
         if !self.program.threads.has(self.tid) {
             let _ = self.program.threads.join(self.tid);
         }
-=======
-        let _ = self.program.threads.join(self.tid);
         self.begin_debugging();
->>>>>>> main
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
 

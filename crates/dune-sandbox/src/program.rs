@@ -24,12 +24,9 @@ use std::sync::{
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
-<<<<<<< HEAD
 use crate::calls::segment::Segment;
-=======
 use crate::debug::Debugger;
 use crate::debug::control::{self, Control};
->>>>>>> main
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
 use crate::handler::{Handler, Handlers};

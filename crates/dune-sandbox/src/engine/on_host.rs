@@ -65,15 +65,10 @@ use kvm_bindings::kvm_regs;
 use self::answers::Place;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
-<<<<<<< HEAD
-use self::machine::{Exit, KVM_XSAVE_BYTES, Machine, Vm};
+use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
     Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
 };
-=======
-use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
->>>>>>> main
 use crate::host;
 use crate::range::PageRange;
 use crate::signal::host::thread_id;
