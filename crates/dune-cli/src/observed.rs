@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use dune_sandbox::engine::{Access, Engine, EngineError, Holdings, Seed, Trap, UserState};
+use dune_sandbox::engine::{Access, Engine, EngineError, Holdings, Seed, Trap, Usage, UserState};
 use dune_sandbox::host::move_fd_high;
 use dune_sandbox::range::PageRange;
 
@@ -183,6 +183,10 @@ impl Engine for Observed {
 
     fn needs_host_change(&self) -> bool {
         self.inner.needs_host_change()
+    }
+
+    fn note_use(&mut self) -> Option<Box<dyn Usage>> {
+        self.inner.note_use()
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {

@@ -16,6 +16,7 @@ use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
+use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::clock;
 use crate::crash::Crash;
@@ -166,7 +167,9 @@ impl Guard {
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
         host::listen_to_kicks();
         // A program that has just begun is not ending.
-        let _ = self.program.threads.join(self.tid);
+        if !self.program.threads.has(self.tid) {
+            let _ = self.program.threads.join(self.tid);
+        }
         self.begin_debugging();
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
@@ -418,16 +421,22 @@ impl Guard {
         }
     }
 
-    /// Sets what the program may do, and where its death is described. Only
+    /// Sets what the program may do and attach, and where its death is described. Only
     /// before it runs: nobody else may know of it yet.
     ///
     /// # Panics
     ///
     /// If somebody does.
-    pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
+    pub(crate) fn configure(
+        &mut self,
+        policy: Enforced,
+        segments: Vec<Segment>,
+        crash_report: Option<Arc<File>>,
+    ) {
         // Going on without the policy is the one thing that must not happen.
         let program = Arc::get_mut(&mut self.program).expect("the program has not begun");
         program.set_policy(policy);
+        program.set_segments(segments);
         if let Some(file) = crash_report {
             program.set_crash_report(file);
         }

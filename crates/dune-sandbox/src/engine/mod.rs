@@ -313,6 +313,13 @@ pub trait Engine {
         true
     }
 
+    /// From now on, has the CPU note which pages ring 3 uses, in units as small
+    /// as pages are; the value says which. To be called before anything is
+    /// admitted. `None` if the engine cannot.
+    fn note_use(&mut self) -> Option<Box<dyn Usage>> {
+        None
+    }
+
     /// Makes ready what an engine for a further thread of the program needs
     /// that this thread must provide. May make descriptors.
     ///
@@ -381,6 +388,23 @@ pub trait Engine {
     fn fds(&self) -> Vec<std::os::fd::RawFd>;
 }
 
+/// Which pages ring 3 has used, for a thread of its own to ask.
+pub trait Usage: Send {
+    /// Calls `seen` for every piece of memory that ring 3 has used since the
+    /// last time. What the host kernel reads or writes for a call is not among
+    /// it. The memory's lock is held exclusively, and where
+    /// [`Usage::needs_host_change`], the caller changes the host's mappings of
+    /// what was seen before it lets go.
+    ///
+    /// # Errors
+    ///
+    /// If the tables cannot be edited.
+    fn collect(&self, seen: &mut dyn FnMut(PageRange)) -> Result<(), EngineError>;
+
+    /// As [`Engine::needs_host_change`].
+    fn needs_host_change(&self) -> bool;
+}
+
 /// An engine to be, on its way to the thread that will use it.
 pub trait Seed: Send {
     /// The engine, for the calling thread. Its extended state is as after
@@ -390,4 +414,12 @@ pub trait Seed: Send {
     ///
     /// If there is no further virtual CPU.
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError>;
+}
+
+/// Tells of a page that was used.
+fn seen_leaf(leaf: &dune_x86::paging::Leaf, seen: &mut dyn FnMut(PageRange)) {
+    // The guard's own pages are none of the program's.
+    if let Some(range) = PageRange::new(leaf.va.as_u64(), leaf.size.bytes()) {
+        seen(range);
+    }
 }

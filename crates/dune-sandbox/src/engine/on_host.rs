@@ -51,7 +51,7 @@ mod machine;
 
 use core::mem::{ManuallyDrop, offset_of};
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,7 +67,8 @@ use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
-    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, UserRegs, UserState,
+    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, Usage, UserRegs, UserState,
+    seen_leaf,
 };
 use crate::clock;
 use crate::host;
@@ -123,6 +124,36 @@ struct Shared {
     made: Mutex<Vec<Made>>,
     vm: Vm,
     guest: Mutex<Guest>,
+    /// Whether KVM shall set the accessed bits.
+    notes_use: AtomicBool,
+}
+
+/// For a thread of its own. A KVM that shadows the tables sets accessed bits
+/// where it looks a page up, so all of the program's pages are taken away once
+/// theirs were read: they are looked up again, and admitted again, when they
+/// are used again.
+struct Used(Arc<Shared>);
+
+impl Usage for Used {
+    fn collect(&self, seen: &mut dyn FnMut(PageRange)) -> Result<(), EngineError> {
+        let guest = self.0.guest();
+        let all = virt_range(0, crate::range::USER_HI);
+        let flush = guest
+            .tables
+            .unmap(all, |leaf| {
+                if leaf.flags().contains(PteFlags::ACCESSED) {
+                    seen_leaf(&leaf, seen);
+                }
+            })
+            .map_err(|_| no_tables(&guest.memory))?;
+        // By the caller's change of the host's mappings.
+        flush.ignore(NoFlush::CoveredByLargerFlush);
+        Ok(())
+    }
+
+    fn needs_host_change(&self) -> bool {
+        true
+    }
 }
 
 /// The guest's memory and page tables.
@@ -186,6 +217,7 @@ impl Shared {
             made: Mutex::default(),
             vm,
             guest: Mutex::new(guest),
+            notes_use: AtomicBool::new(false),
         })
     }
 
@@ -733,7 +765,16 @@ impl Engine for OnHost {
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
         let extent = self.extent(addr, area);
-        self.shared.guest().map(extent, user_flags(access))
+        let mut flags = user_flags(access);
+        if self.shared.notes_use.load(Ordering::Relaxed) {
+            flags.remove(PteFlags::ACCESSED);
+        }
+        self.shared.guest().map(extent, flags)
+    }
+
+    fn note_use(&mut self) -> Option<Box<dyn Usage>> {
+        self.shared.notes_use.store(true, Ordering::Relaxed);
+        Some(Box::new(Used(Arc::clone(&self.shared))))
     }
 
     fn admit_ahead(&mut self, range: PageRange, access: Access) -> Result<(), EngineError> {
