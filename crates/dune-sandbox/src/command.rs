@@ -240,6 +240,22 @@ impl Command {
         self
     }
 
+    /// Hands pointers of forwarded calls to the kernel unchecked from now on, to
+    /// test that the wall of protection keys holds by itself.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_pointer_checks() {
+        crate::peel::skip_pointer_checks();
+    }
+
+    /// Makes calls as if there were no protection keys from now on, to test
+    /// that it is they that hold. Before there is an engine.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_wall() {
+        crate::peel::skip_wall();
+    }
+
     /// Sets `argv[0]`, which otherwise is the program as given.
     #[must_use]
     pub fn arg0(mut self, name: impl AsRef<OsStr>) -> Self {

@@ -247,8 +247,9 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
                 refuse_more_cpu_time(guard, resource, new)?;
             }
             let new = new.as_ref().map_or(0, own);
+            // Both are the guard's.
             let args = [0, u64::from(resource), new, own_mut(&mut previous), 0, 0];
-            forward(__NR_prlimit64, args)?;
+            forward_always(__NR_prlimit64, args)?;
             previous
         }
     };
@@ -325,7 +326,7 @@ pub(crate) fn prctl(guard: &mut Guard, args: Args) -> SysResult {
                 Err(Errno::ENAMETOOLONG) => name[NAME_LEN - 1] = 0,
                 Err(errno) => return Err(errno),
             }
-            forward(__NR_prctl, [u64::from(option), own(&name), 0, 0, 0, 0])
+            forward_always(__NR_prctl, [u64::from(option), own(&name), 0, 0, 0, 0])
         }
         PR_GET_NAME => forward(__NR_prctl, to_user(NAME_LEN as u64)?),
         PR_GET_PDEATHSIG | PR_GET_CHILD_SUBREAPER => forward(__NR_prctl, to_user(4)?),

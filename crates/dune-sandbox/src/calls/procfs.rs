@@ -36,7 +36,7 @@ use linux_raw_sys::general::{
 
 use crate::calls::file::give_up;
 use crate::calls::opened::{Stat, is_on_proc};
-use crate::calls::{forward, forward_always, own, own_mut};
+use crate::calls::{forward_always, forward_interruptible, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult, move_fd_high};
@@ -166,7 +166,8 @@ impl<'a> HiddenName<'a> {
         let flags = flags & !u64::from(O_CREAT | O_EXCL | O_NOFOLLOW);
         let link = self.link();
         let cwd = AT_FDCWD as i64 as u64;
-        forward(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
+        // The guard's own path, and numbers.
+        forward_interruptible(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
     }
 
     /// Gives the program a descriptor of the same name.

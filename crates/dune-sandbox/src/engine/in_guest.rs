@@ -27,8 +27,8 @@ use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
 use super::{
-    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, Usage, UserRegs, UserState,
-    seen_leaf,
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
 };
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
@@ -126,6 +126,10 @@ impl InGuest {
     ///
     /// If Dune mode cannot be entered.
     pub fn new() -> Result<Self, EngineError> {
+        // Natively: the rights that a wall gives and takes are the host's.
+        if !dune::is_inside() && super::build_wall().is_some() {
+            dune::signals::adopt_handlers();
+        }
         dune::enter().map_err(|error| EngineError::Kvm {
             what: "Dune mode",
             source: std::io::Error::other(error),
@@ -344,6 +348,10 @@ impl Engine for InGuest {
     fn reset_xstate(&mut self) -> Result<(), EngineError> {
         self.context.reset_extended_state();
         Ok(())
+    }
+
+    fn passage(&self) -> Passage {
+        Passage::ByRuntime
     }
 
     fn kick_byte(&self) -> NonNull<AtomicU8> {

@@ -40,9 +40,13 @@
 //! inside the guest. Rights are given in the other order: host first, `admit`
 //! at the next fault.
 
+#![expect(unsafe_code, reason = "the wall of protection keys is built")]
+
 pub mod in_guest;
 pub mod mock;
 pub mod on_host;
+
+use dune_kvm::wall::{Slot, Wall};
 
 use crate::range::PageRange;
 
@@ -230,6 +234,34 @@ pub enum EngineError {
     },
 }
 
+/// How a call with arguments of the program gets from the guard to the host
+/// kernel: behind the wall of protection keys ([`dune_kvm::wall`]), where the
+/// machine has them.
+#[derive(Clone, Copy, Debug)]
+pub enum Passage {
+    /// As any call: there is no wall.
+    Open,
+    /// By the Dune runtime, which sees to the wall ([`dune::WALLED`]).
+    ByRuntime,
+    /// By [`dune_kvm::wall::call`]. The thread has no restartable sequences.
+    Walled {
+        /// The thread's stack for signal frames.
+        stack: &'static Slot,
+    },
+}
+
+/// The wall of protection keys, built if there is none and the machine has keys.
+/// The calling thread must run natively; it and the threads that it makes can
+/// reach the program's memory from then on.
+fn build_wall() -> Option<&'static Wall> {
+    if !dune_kvm::wall::has_protection_keys() {
+        return None;
+    }
+    dune::forgo_restartable_sequences();
+    // SAFETY: the registration was taken back above.
+    unsafe { Wall::build() }
+}
+
 /// Runs one thread of ring 3. See the module documentation for the protocol.
 ///
 /// The engines of a program's threads share the page tables: what one of them
@@ -369,6 +401,11 @@ pub trait Engine {
     ///
     /// If the virtual CPU refuses it.
     fn reset_xstate(&mut self) -> Result<(), EngineError>;
+
+    /// How this thread's calls for the program are made.
+    fn passage(&self) -> Passage {
+        Passage::Open
+    }
 
     /// A byte that a signal handler of the guard sets to 1 to make
     /// [`Engine::run`] return [`Trap::Interrupted`]. For KVM it is

@@ -56,6 +56,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dune_kvm::wall::{Stack, Wall};
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
 use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
@@ -67,8 +68,8 @@ use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
-    Access, Engine, EngineError, Holdings, PageFaultError, Seed, Trap, Usage, UserRegs, UserState,
-    seen_leaf,
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
 };
 use crate::clock;
 use crate::host;
@@ -109,6 +110,9 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// For signal frames while the host kernel works behind the wall, if there
+    /// is one.
+    wall_stack: Option<Stack>,
     /// Whether calls whose answer never changes may be answered unseen.
     unseen: bool,
 }
@@ -330,23 +334,23 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        Self::on(None)
+        Self::on(None, stack_behind(super::build_wall())?)
     }
 
-    fn on(device: Option<OwnedFd>) -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new(device)?);
+    fn on(device: Option<OwnedFd>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
+        Self::in_vm(Arc::new(Shared::new(device)?), wall_stack)
+    }
+
+    fn in_vm(shared: Arc<Shared>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
         let cpu = shared.cpu()?;
-        Ok(Self::with(shared, cpu))
-    }
-
-    fn with(shared: Arc<Shared>, cpu: Cpu) -> Self {
-        Self {
+        Ok(Self {
             shared,
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
             unseen: false,
-        }
+            wall_stack,
+        })
     }
 
     fn user_address(&self, gpa: u64) -> Option<u64> {
@@ -814,15 +818,16 @@ impl Engine for OnHost {
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
-        let cpu = self.shared.cpu()?;
-        Ok(Box::new(Sown(Self::with(Arc::clone(&self.shared), cpu))))
+        let wall_stack = stack_behind(Wall::get())?;
+        let engine = Self::in_vm(Arc::clone(&self.shared), wall_stack)?;
+        Ok(Box::new(Sown(engine)))
     }
 
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
         let device = unsafe { self.shared.abandon() };
-        let new = Self::on(Some(device));
+        let new = Self::on(Some(device), self.wall_stack.take());
         let old = core::mem::replace(self, new?);
         let unseen = old.unseen;
         core::mem::forget(old);
@@ -877,6 +882,15 @@ impl Engine for OnHost {
         self.cpu.reset_xstate()
     }
 
+    fn passage(&self) -> Passage {
+        match &self.wall_stack {
+            Some(stack) => Passage::Walled {
+                stack: stack.slot(),
+            },
+            None => Passage::Open,
+        }
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         self.cpu.machine.kick_byte()
     }
@@ -895,6 +909,15 @@ impl Engine for OnHost {
     }
 }
 
+/// What a thread needs to make calls behind `wall`.
+fn stack_behind(wall: Option<&Wall>) -> Result<Option<Stack>, EngineError> {
+    wall.map(Stack::take)
+        .transpose()
+        .map_err(|_| EngineError::NoMemory {
+            what: "signal frames",
+        })
+}
+
 impl Drop for OnHost {
     fn drop(&mut self) {
         // SAFETY: taken once, here.
@@ -909,6 +932,10 @@ struct Sown(OnHost);
 
 impl Seed for Sown {
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        if self.0.wall_stack.is_some() {
+            // libc has registered the new thread.
+            dune::forgo_restartable_sequences();
+        }
         Ok(Box::new(self.0))
     }
 }
