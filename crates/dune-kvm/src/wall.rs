@@ -65,7 +65,7 @@ static CLOSED_RIGHTS: AtomicU32 = AtomicU32::new(0);
 pub static ARENA: AtomicUsize = AtomicUsize::new(0);
 /// What belongs to each of them, under key 0.
 #[doc(hidden)]
-pub static SLOTS: [Slot; MOST_STACKS] = [const { Slot::FREE }; MOST_STACKS];
+pub static SLOTS: [Slot; MOST_STACKS] = [const { Slot::free() }; MOST_STACKS];
 
 /// What belongs to a stack for signal frames.
 #[derive(Debug)]
@@ -85,11 +85,13 @@ pub const SLOT_OWN: usize = offset_of!(Slot, own);
 const _: () = assert!(size_of::<Slot>() == 1 << SLOT_SHIFT && offset_of!(Slot, end) == 0);
 
 impl Slot {
-    const FREE: Self = Self {
-        end: AtomicUsize::new(0),
-        own: AtomicUsize::new(0),
-        used: AtomicU32::new(0),
-    };
+    const fn free() -> Self {
+        Self {
+            end: AtomicUsize::new(0),
+            own: AtomicUsize::new(0),
+            used: AtomicU32::new(0),
+        }
+    }
 }
 
 /// A thread's stack for signal frames during a [`call`]. Given back when dropped.
