@@ -42,6 +42,8 @@ const PROGRAMS: &[Tool] = &[
     tool("xmlwf", "expat"),
     tool("sqlite3", "sqlite3"),
     tool("strace", "strace"),
+    tool("gdb", "gdb"),
+    tool("gcc", "gcc"),
 ];
 
 const fn tool(program: &'static str, package: &'static str) -> Tool {

@@ -11,6 +11,7 @@ use dune_loader::{ImageError, find_command};
 
 use crate::clock;
 use crate::confine::{self, ConfineError, SecondWall};
+use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
@@ -53,6 +54,7 @@ pub struct Command {
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
+    debugger: Option<Arc<Debugger>>,
 }
 
 /// What became of a program.
@@ -149,6 +151,7 @@ impl Command {
             handlers: Handlers::default(),
             tracer: None,
             service: None,
+            debugger: None,
         }
     }
 
@@ -280,6 +283,14 @@ impl Command {
         self
     }
 
+    /// Stops the program at its first instruction until gdb is there, and has
+    /// it debugged. Of clones of this command, the first that runs is.
+    #[must_use]
+    pub fn debugger(mut self, debugger: Debugger) -> Self {
+        self.debugger = Some(Arc::new(debugger));
+        self
+    }
+
     /// Has `service` decide, when the program reaches `marker` and when it
     /// ends, how it goes on: see [`crate::snapshot`]. Of clones of this command,
     /// the first that runs is served.
@@ -343,6 +354,9 @@ impl Command {
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);
         }
+        if let Some(debugger) = &self.debugger {
+            guard.program.set_debugger(debugger);
+        }
         signal::host::forbid_core_dumps();
         let needed = if policy.restricts_files() {
             policy::needed::to_load(&path, &environment)?
@@ -377,7 +391,14 @@ impl Command {
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
         }
-        let end = guard.run(&mut user)?;
+        if let Some(debugger) = &self.debugger {
+            debugger.begin(&guard.program, guard.engine.xcr0());
+        }
+        let end = guard.run(&mut user);
+        if let Some(debugger) = &self.debugger {
+            debugger.end(end.as_ref().ok().copied());
+        }
+        let end = end?;
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();
         Ok(Outcome {

@@ -13,7 +13,8 @@
 //! 3. what goes to the kernel goes by a raw system call ([`host`]), what is
 //!    copied from or to the program by [`user`].
 //!
-//! [`Command`] starts all that; [`trace`] prints every call, decoded.
+//! [`Command`] starts all that; [`trace`] prints every call, decoded; by
+//! [`debug`] gdb sees the program.
 //!
 //! # What holds a hostile program
 //!
@@ -43,6 +44,7 @@ mod clock;
 pub mod command;
 pub mod confine;
 pub mod crash;
+pub mod debug;
 pub mod engine;
 pub mod guard;
 pub mod handler;

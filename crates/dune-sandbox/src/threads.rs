@@ -18,8 +18,9 @@
 //! with the program that another thread's `execve` has started.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::debug::control::Control;
 use crate::engine::{EngineError, UserState};
 use crate::guard::End;
 use crate::signal::{SigSet, host};
@@ -73,6 +74,8 @@ pub(crate) struct Leave;
 pub(crate) struct Threads {
     state: Mutex<State>,
     changed: Condvar,
+    /// Threads that a debugger has stopped do not hear of kicks.
+    debugger: OnceLock<Arc<Control>>,
 }
 
 /// What the leader waited for.
@@ -152,7 +155,20 @@ impl Threads {
             state.phase = Phase::Ending;
             state.finish = Some(finish);
             state.kick_all(pid);
+            self.release_stopped(None);
             self.changed.notify_all();
+        }
+    }
+
+    /// Threads stop for a debugger in `control`.
+    pub(crate) fn set_debugger(&self, control: Arc<Control>) {
+        let _ = self.debugger.set(control);
+    }
+
+    /// Has the threads that a debugger has stopped leave, but for `except`.
+    fn release_stopped(&self, except: Option<u32>) {
+        if let Some(control) = self.debugger.get() {
+            control.release(except);
         }
     }
 
@@ -184,6 +200,7 @@ impl Threads {
         state.phase = Phase::Replacing(tid);
         let me = state.members.remove(&tid).unwrap_or_default();
         state.kick_all(pid);
+        self.release_stopped(Some(tid));
         while !state.members.is_empty() {
             state = self
                 .changed

@@ -501,12 +501,28 @@ fn wait(child: &mut Child, progress: &Progress) -> std::io::Result<Option<ExitSt
         if turn != seen.0 {
             seen = (turn, Instant::now());
         } else if seen.1.elapsed() > PATIENCE {
+            if is_stopped(child.id()) {
+                // By itself; whoever goes on is looked at again.
+                // SAFETY: a child that was not waited for.
+                unsafe { libc::kill(child.id() as i32, libc::SIGCONT) };
+                seen.1 = Instant::now();
+                continue;
+            }
             child.kill()?;
             child.wait()?;
             return Ok(None);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Whether a process is stopped by a signal.
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may hold anything.
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| rest.starts_with('T'))
 }
 
 /// Kills and reaps what the program left: its children are ours now.

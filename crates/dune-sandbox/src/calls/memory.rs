@@ -189,7 +189,12 @@ fn choose(memory: &Memory, addr: u64, len: u64, flags: u32) -> Result<PageRange,
 }
 
 /// `ENOMEM` if `more` bytes exceed the program's limit.
-fn check_limit(program: &Program, memory: &Memory, more: u64, access: Access) -> Result<(), Errno> {
+pub(crate) fn check_limit(
+    program: &Program,
+    memory: &Memory,
+    more: u64,
+    access: Access,
+) -> Result<(), Errno> {
     let limits = program.process().limits;
     limits.check_address_space(memory.areas.bytes(), more)?;
     if access.contains(Access::WRITE) {
