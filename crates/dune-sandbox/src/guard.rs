@@ -17,7 +17,9 @@ use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 use crate::bounce::Bounce;
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
+use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::clock;
 use crate::crash::Crash;
 use crate::debug::hook::Event;
 use crate::engine::{Access, Engine, EngineError, PageFaultError, Passage, Trap, UserState};
@@ -171,7 +173,9 @@ impl Guard {
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
         host::listen_to_kicks();
         // A program that has just begun is not ending.
-        let _ = self.program.threads.join(self.tid);
+        if !self.program.threads.has(self.tid) {
+            let _ = self.program.threads.join(self.tid);
+        }
         self.begin_debugging();
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
@@ -393,7 +397,9 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
-        if let Some(resume) = self.look_for_marker(trap, user)? {
+        if self.program.served().is_some()
+            && let Some(resume) = self.look_for_marker(trap, user)?
+        {
             return Ok(resume);
         }
         let resume = match trap {
@@ -421,16 +427,22 @@ impl Guard {
         }
     }
 
-    /// Sets what the program may do, and where its death is described. Only
+    /// Sets what the program may do and attach, and where its death is described. Only
     /// before it runs: nobody else may know of it yet.
     ///
     /// # Panics
     ///
     /// If somebody does.
-    pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
+    pub(crate) fn configure(
+        &mut self,
+        policy: Enforced,
+        segments: Vec<Segment>,
+        crash_report: Option<Arc<File>>,
+    ) {
         // Going on without the policy is the one thing that must not happen.
         let program = Arc::get_mut(&mut self.program).expect("the program has not begun");
         program.set_policy(policy);
+        program.set_segments(segments);
         if let Some(file) = crash_report {
             program.set_crash_report(file);
         }
@@ -624,6 +636,15 @@ impl Guard {
         let mapped = match area {
             Some(area) => {
                 let access = effective(area.attributes.access);
+                if access.contains(needed)
+                    && let Some(offset) = clock::offset_of(&memory, area)
+                    && let Some(clock) = clock::host()
+                {
+                    if let Err(error) = self.engine.admit_clock(area.range, clock.data + offset) {
+                        self.engine_failed(error);
+                    }
+                    return Resume::Continue;
+                }
                 if access.contains(needed) {
                     let pid = program.pid();
                     let what = memory.admissible(pid, addr, area, needed);

@@ -18,6 +18,7 @@ pub(crate) mod opened;
 pub(crate) mod paths;
 pub(crate) mod process;
 pub(crate) mod procfs;
+pub(crate) mod segment;
 pub(crate) mod signal;
 pub(crate) mod sockopt;
 pub(crate) mod thread;
