@@ -91,6 +91,17 @@ impl Memory {
             .unwrap_or(Ok(()))
     }
 
+    /// Before the program gains the right to write to `range`, or discards what
+    /// is there: keeps what a snapshot needs. `self` is locked exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said.
+    pub(crate) fn keep(&self, pid: u32, range: PageRange) -> Result<(), Errno> {
+        self.with_top(|top| top.keep(&self.areas, pid, range))
+            .unwrap_or(Ok(()))
+    }
+
     /// Whether the latest snapshot has a page of `range`.
     pub(crate) fn is_in_snapshot(&self, range: PageRange) -> bool {
         self.with_top(|top| top.has_part_of(range)) == Some(true)

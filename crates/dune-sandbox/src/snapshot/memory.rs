@@ -5,6 +5,7 @@
 //! ```text
 //!  first write to a page, by the program, by the guard, or by the host kernel
 //!  for a call of the program           --> its contents are copied away (`saved`)
+//!  its contents discarded (`madvise`)  --> likewise, or as unmapped
 //!  unmapped, replaced, moved           --> the mapping itself is moved away (`aside`)
 //!  rights changed, mapped              --> the table of areas tells
 //! ```
@@ -13,6 +14,13 @@
 //! to give back the rights, and to copy back the saved pages. A saved page
 //! stays in the list and can be written from then on: the next run that writes
 //! to it pays for no fault, and each return for one copy.
+//!
+//! # Calls that wait
+//!
+//! What a call of the program may write to is saved before the host kernel gets
+//! the call, as far as the program can write there itself, for so far the kernel
+//! can. While the call waits, another thread may give the program more rights:
+//! `mprotect` saves what becomes writable by it, if there are other threads.
 //!
 //! # Why not the dirty bits
 //!
@@ -41,7 +49,7 @@ use crate::host::Errno;
 use crate::program::Memory;
 use crate::range::{PAGE_SIZE, PageRange};
 use crate::user::{Page, copy_page_by_kernel, load_page, page_equals, store_page};
-use crate::vma::{Area, Areas, Attributes, Backing, Sharing};
+use crate::vma::{Area, Areas, Attributes, Backing, Sharing, effective};
 
 /// Private mappings of files up to this size become anonymous memory with the
 /// same contents when a snapshot is taken, for that can be copied back without
@@ -128,23 +136,59 @@ impl Layer {
     }
 
     /// Saves the pages of `range` that are the snapshot's, before somebody
-    /// writes to them.
+    /// writes to them. Where the program cannot write, nobody does.
     pub(crate) fn note(&mut self, now: &Areas, pid: u32, range: PageRange) {
         for area in now.overlapping(range) {
-            if !is_tracked(&area.attributes) {
-                continue;
-            }
-            let Some(part) = area.range.intersect(range) else {
-                continue;
-            };
-            for page in (part.start()..part.end()).step_by(PAGE_SIZE as usize) {
-                if !self.saved.contains_key(&page) && self.intact.contains(page) {
-                    self.save(pid, page, is_direct(&area.attributes));
-                }
+            if let Some(part) = area.range.intersect(range)
+                && is_tracked(&area.attributes)
+                && effective(area.attributes.access).contains(Access::WRITE)
+            {
+                self.save_all(pid, part, is_direct(&area.attributes));
             }
         }
     }
 
+    /// As [`Layer::note`], whatever rights the program has: before it gains the
+    /// right to write, or before contents are discarded. The caller holds the
+    /// memory's lock exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said to the change of rights that this may need.
+    pub(crate) fn keep(&mut self, now: &Areas, pid: u32, range: PageRange) -> Result<(), Errno> {
+        for part in self.intact.parts_of(range) {
+            for area in now.overlapping(part) {
+                let Some(piece) = area.range.intersect(part) else {
+                    continue;
+                };
+                if !is_tracked(&area.attributes) {
+                    continue;
+                }
+                let access = area.attributes.access;
+                let closed = !effective(access).contains(Access::READ);
+                if closed {
+                    protect_host(piece, u64::from(PROT_READ))?;
+                }
+                self.save_all(pid, piece, is_direct(&area.attributes));
+                if closed {
+                    protect_host(piece, host_prot(access))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Saves those pages of `part` that are the snapshot's; all of `part` can
+    /// be read.
+    fn save_all(&mut self, pid: u32, part: PageRange, direct: bool) {
+        for page in (part.start()..part.end()).step_by(PAGE_SIZE as usize) {
+            if !self.saved.contains_key(&page) && self.intact.contains(page) {
+                self.save(pid, page, direct);
+            }
+        }
+    }
+
+    /// Saves a page that can be read; `direct` as by [`is_direct`].
     fn save(&mut self, pid: u32, page: u64, direct: bool) {
         let mut contents = Box::new([0; PAGE_SIZE as usize]);
         if direct {
@@ -395,8 +439,13 @@ fn restore_layer(
     layer.returns += 1;
     let mut pages = 0;
     let pid = guard.pid();
+    // Where nothing was mapped anew, nothing was opened either.
+    let is_closed = |area: Option<Area>| {
+        !remapped && area.is_some_and(|area| !area.attributes.access.contains(Access::WRITE))
+    };
+    let mut closed = Vec::new();
     if layer.returns.is_multiple_of(LOOK_EVERY) && layer.saved.len() > FEW {
-        pages += copy_back_what_differs(guard, layer)?;
+        pages += copy_back_what_differs(guard, layer, &is_closed, &mut closed)?;
     } else {
         let areas = &layer.areas;
         let mut area: Option<Area> = None;
@@ -404,9 +453,17 @@ fn restore_layer(
             if area.is_none_or(|area| !area.range.contains(page)) {
                 area = areas.find(page);
             }
+            if is_closed(area) {
+                closed.push(page);
+                continue;
+            }
             copy_back(pid, area, page, &saved.contents)?;
             pages += 1;
         }
+    }
+    for page in closed {
+        copy_back_closed(guard, layer, page)?;
+        pages += 1;
     }
     for (range, access) in closing {
         protect_host(range, u64::from(PROT_NONE))?;
@@ -441,14 +498,38 @@ fn copy_back(pid: u32, area: Option<Area>, page: u64, contents: &Page) -> Result
     Ok(())
 }
 
+/// Copies back a page that the program cannot write to: its contents were
+/// discarded. Nobody writes there before the rights change again.
+fn copy_back_closed(guard: &mut Guard, layer: &mut Layer, page: u64) -> Result<(), Errno> {
+    let area = layer.areas.find(page);
+    let range = PageRange::new(page, PAGE_SIZE);
+    let (Some(saved), Some(area), Some(range)) = (layer.saved.remove(&page), area, range) else {
+        return Ok(());
+    };
+    guard.revoke(range)?;
+    protect_host(range, u64::from(PROT_READ | PROT_WRITE))?;
+    copy_back(guard.pid(), Some(area), page, &saved.contents)?;
+    protect_host(range, u64::from(PROT_NONE))?;
+    protect_host(range, host_prot(area.attributes.access))
+}
+
 /// Copies back as few pages as need be, and protects those again that nobody
-/// writes to any more.
-fn copy_back_what_differs(guard: &mut Guard, layer: &mut Layer) -> Result<u64, Errno> {
+/// writes to any more. Pages of areas that are closed go into `closed` instead.
+fn copy_back_what_differs(
+    guard: &mut Guard,
+    layer: &mut Layer,
+    is_closed: &impl Fn(Option<Area>) -> bool,
+    closed: &mut Vec<u64>,
+) -> Result<u64, Errno> {
     let pid = guard.pid();
     let mut pages = 0;
     let mut cold = Vec::new();
     for (&page, saved) in &mut layer.saved {
         let area = layer.areas.find(page);
+        if is_closed(area) {
+            closed.push(page);
+            continue;
+        }
         let direct = area.is_some_and(|area| is_direct(&area.attributes));
         if direct && page_equals(page, &saved.contents) {
             saved.equal += 1;
