@@ -30,7 +30,8 @@ use crate::signal::deliver::{
 };
 use crate::signal::host::{self, thread_id};
 use crate::signal::{
-    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, bit, default_action, record,
+    DefaultAction, Disposition, Dispositions, SIGKILL, SIGNALS, ThreadSignals, bit, default_action,
+    record,
 };
 use crate::snapshot::{Ending, Next};
 use crate::table::{self, Args, Call, Handling, Restart};
@@ -571,7 +572,10 @@ impl Guard {
                 let access = effective(area.attributes.access);
                 if access.contains(needed) {
                     let pid = program.pid();
-                    let what = memory.admissible(pid, addr, area, needed);
+                    let Ok(what) = memory.admissible(pid, addr, area, needed) else {
+                        // As where Linux has no memory left for a page.
+                        return Resume::Killed(SIGKILL);
+                    };
                     if let Err(error) = self.engine.admit(addr, what.range, what.access) {
                         self.engine_failed(error);
                     }

@@ -63,15 +63,21 @@ impl Memory {
         }
     }
 
-    /// Notes, in a child of `vfork`, that `range` is about to be written.
-    pub(crate) fn note_write(&self, pid: u32, range: UserRange) {
+    /// Notes, in a child of `vfork` and after a snapshot, that `range` is about
+    /// to be written.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if a child of `vfork` writes too much; then it must not.
+    pub(crate) fn note_write(&self, pid: u32, range: UserRange) -> Result<(), Errno> {
         if let Some(journal) = &self.journal {
             let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
-            journal.note(&self.areas, pid, range);
+            journal.note(&self.areas, pid, range)?;
         }
         if let Some(pages) = PageRange::covering(range) {
             self.with_top(|top| top.note(&self.areas, pid, pages));
         }
+        Ok(())
     }
 
     /// Does something with the latest snapshot, if there is one.
@@ -110,17 +116,27 @@ impl Memory {
     /// The range and rights with which to admit the page of `addr` for an
     /// access that needs `needed`. In a child of `vfork`, and after a snapshot,
     /// no page can be written that was not noted.
-    pub(crate) fn admissible(&self, pid: u32, addr: u64, area: Area, needed: Access) -> Admission {
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::note_write`].
+    pub(crate) fn admissible(
+        &self,
+        pid: u32,
+        addr: u64,
+        area: Area,
+        needed: Access,
+    ) -> Result<Admission, Errno> {
         let access = effective(area.attributes.access);
         let whole = Admission {
             range: area.range,
             access,
         };
         match self.with_top(|top| top.admissible(pid, addr, area, needed)) {
-            Some(Tracked::Whole(range)) => return Admission { range, access },
+            Some(Tracked::Whole(range)) => return Ok(Admission { range, access }),
             Some(Tracked::ReadOnly(range)) => {
                 let access = access - Access::WRITE;
-                return Admission { range, access };
+                return Ok(Admission { range, access });
             }
             None => {}
         }
@@ -128,13 +144,13 @@ impl Memory {
             || area.attributes.sharing == Sharing::Shared
             || !access.contains(Access::WRITE)
         {
-            return whole;
+            return Ok(whole);
         }
         let page = addr & !(PAGE_SIZE - 1);
-        match (needed, PageRange::new(page, PAGE_SIZE)) {
+        Ok(match (needed, PageRange::new(page, PAGE_SIZE)) {
             (Access::WRITE, Some(range)) => {
                 if let Some(bytes) = UserRange::new(page, PAGE_SIZE) {
-                    self.note_write(pid, bytes);
+                    self.note_write(pid, bytes)?;
                 }
                 Admission { range, access }
             }
@@ -142,7 +158,7 @@ impl Memory {
                 access: access - Access::WRITE,
                 ..whole
             },
-        }
+        })
     }
 }
 
@@ -505,11 +521,14 @@ impl Program {
 
     /// Notes that the kernel may write `len` bytes at `addr`, checked user
     /// memory, on behalf of a child of `vfork` or after a snapshot.
-    pub(crate) fn note_write(&self, addr: u64, len: u64) {
-        if self.notes_writes()
-            && let Some(range) = UserRange::new(addr, len)
-        {
-            self.memory().note_write(self.pid(), range);
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::note_write`].
+    pub(crate) fn note_write(&self, addr: u64, len: u64) -> Result<(), Errno> {
+        match UserRange::new(addr, len) {
+            Some(range) if self.notes_writes() => self.memory().note_write(self.pid(), range),
+            _ => Ok(()),
         }
     }
 

@@ -226,7 +226,7 @@ impl<'a> UserMemory<'a> {
             } else {
                 let range = UserRange::new(vec.base, vec.len).ok_or(Errno::EFAULT)?;
                 // They may be for reading into.
-                self.lock().note_write(self.pid, range);
+                self.lock().note_write(self.pid, range)?;
             }
         }
         Ok(vecs)
@@ -249,7 +249,7 @@ impl<'a> UserMemory<'a> {
             attributes.effective_access().contains(access)
         });
         if allowed && access.contains(Access::WRITE) {
-            memory.note_write(self.pid, range);
+            memory.note_write(self.pid, range)?;
         }
         match (allowed, by_kernel) {
             (false, _) => Err(Errno::EFAULT),
