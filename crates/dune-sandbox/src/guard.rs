@@ -33,7 +33,7 @@ use crate::signal::{
     DefaultAction, Disposition, Dispositions, SIGKILL, SIGNALS, ThreadSignals, bit, default_action,
     record,
 };
-use crate::snapshot::{Ending, Next};
+use crate::snapshot::{Ending, Next, Served};
 use crate::table::{self, Args, Call, Handling, Restart};
 use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
@@ -184,7 +184,8 @@ impl Guard {
             self.release_child_tid();
             let program = Arc::clone(&self.program);
             program.threads.leave(self.tid, self.status);
-            let wake = program.threads.wait_as_leader(self.tid);
+            let interrupted = || program.served().is_some_and(Served::take_interrupt);
+            let wake = program.threads.wait_as_leader(self.tid, interrupted);
             let ended = match &wake {
                 Wake::RunEnded(ending) => Some(*ending),
                 // All threads are gone, one by one.
@@ -194,8 +195,6 @@ impl Guard {
                 _ => None,
             };
             if let Some(ending) = ended {
-                // The leader had left: the next run has it again.
-                let _ = program.threads.join(self.tid);
                 self.all_blocked = true;
                 match self.run_ended(ending, user) {
                     Ok(Next::Continue) => continue,
@@ -219,6 +218,10 @@ impl Guard {
                     self.clear_child_tid = 0;
                     if let Err(error) = self.engine.reset_xstate() {
                         program.threads.end(self.tid, Err(error));
+                    }
+                    if program.served().is_some() {
+                        // It may have been interrupted while nobody looked.
+                        host::kick(self.pid(), self.tid);
                     }
                     host::set_mask(self.signals.mask);
                 }

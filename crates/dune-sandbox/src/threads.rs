@@ -10,7 +10,9 @@
 //! ```
 //!
 //! Whoever leaves `Running` first wins; threads that come later are among those
-//! that leave. They are kicked ([`crate::signal::record`]) out of ring 3 and out
+//! that leave. One exception: where a service returns to a snapshot, the run is
+//! over, and what waits in `execve` for the leader to leave leaves itself
+//! ([`Threads::gather`]). They are kicked ([`crate::signal::record`]) out of ring 3 and out
 //! of waiting calls, and look here before they go on.
 //!
 //! The leader is the thread whose id is the process's. It never leaves before
@@ -148,21 +150,77 @@ impl Threads {
     /// Ends the program `pid`, unless it is ending or being replaced already.
     pub(crate) fn end(&self, pid: u32, finish: Finish) {
         let mut state = self.lock();
-        if matches!(state.phase, Phase::Running) {
-            state.phase = Phase::Ending;
-            state.finish = Some(finish);
-            state.kick_all(pid);
-            self.changed.notify_all();
+        match state.phase {
+            Phase::Running => {
+                state.phase = Phase::Ending;
+                state.finish = Some(finish);
+                state.kick_all(pid);
+                self.changed.notify_all();
+            }
+            Phase::Ending => {
+                state.finish.get_or_insert(finish);
+            }
+            Phase::Replacing(_) => {}
         }
     }
 
     /// A run of the served program `pid` has ended by another thread than the
-    /// leader, which is told.
+    /// leader, which is told, unless the program is being replaced already.
     pub(crate) fn end_run(&self, pid: u32, ending: Ending) {
         let mut state = self.lock();
-        state.run_end.get_or_insert(ending);
-        host::kick(pid, pid);
+        if state.is_running() {
+            state.run_end.get_or_insert(ending);
+            host::kick(pid, pid);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Has the leader of a served program look up where it waits for the others.
+    pub(crate) fn wake_leader(&self) {
+        let _state = self.lock();
         self.changed.notify_all();
+    }
+
+    /// The run of the served program `pid` is over: all threads but the leader,
+    /// which calls this, leave, also one that waits in `execve`. The leader is
+    /// one of the program's threads then, whether it had left or not.
+    ///
+    /// # Errors
+    ///
+    /// The program's end, if it has ended for good.
+    pub(crate) fn gather(&self, pid: u32) -> Result<(), Finish> {
+        let mut state = self.lock();
+        if !matches!(state.phase, Phase::Ending) {
+            // Nobody joins or replaces the program from here on.
+            state.phase = Phase::Replacing(pid);
+        }
+        state.members.entry(pid).or_default();
+        state.kick_others(pid, pid);
+        self.changed.notify_all();
+        let mut state = self.wait_for_others(state, pid, |_| true);
+        state.run_end = None;
+        if matches!(state.phase, Phase::Ending) {
+            let exited = Ok(End::Exit(state.last_status));
+            return Err(state.finish.take().unwrap_or(exited));
+        }
+        state.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Waits until `tid` is the only thread, as long as `still` holds.
+    fn wait_for_others<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        tid: u32,
+        still: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        while still(&state) && state.members.keys().any(|&other| other != tid) {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state
     }
 
     /// How the run ended, if another thread has said so.
@@ -173,25 +231,25 @@ impl Threads {
     /// The thread `tid` of the process `pid` will replace the program: returns
     /// when all others have left.
     ///
+    /// Until then it is one of the threads: who looks whether there are others
+    /// sees it.
+    ///
     /// # Errors
     ///
-    /// If another thread was first.
+    /// If another thread was first, or the run of a served program is over.
     pub(crate) fn begin_replacing(&self, pid: u32, tid: u32) -> Result<(), Leave> {
         let mut state = self.lock();
-        if !matches!(state.phase, Phase::Running) {
+        if !state.is_running() || state.run_end.is_some() {
             return Err(Leave);
         }
         state.phase = Phase::Replacing(tid);
-        let me = state.members.remove(&tid).unwrap_or_default();
-        state.kick_all(pid);
-        while !state.members.is_empty() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+        state.kick_others(pid, tid);
+        let state = self.wait_for_others(state, tid, |state| state.is_replaced_by(tid));
+        if state.is_replaced_by(tid) {
+            Ok(())
+        } else {
+            Err(Leave)
         }
-        state.members.insert(tid, me);
-        Ok(())
     }
 
     /// The new program runs, on the thread that replaced the old one.
@@ -202,12 +260,13 @@ impl Threads {
         state.run_end = None;
     }
 
-    /// The new program was started by `tid`, which now leaves it to the leader.
+    /// The new program was started by `tid`, which now leaves it to the leader:
+    /// that goes on when `tid` has left.
     pub(crate) fn hand_over(&self, tid: u32, takeover: Takeover) {
         let mut state = self.lock();
-        state.members.remove(&tid);
+        // What it had of the old program is gone.
+        state.members.insert(tid, Member::default());
         state.takeover = Some(takeover);
-        self.changed.notify_all();
     }
 
     /// The program could not be started after the old one was gone.
@@ -218,17 +277,28 @@ impl Threads {
         self.changed.notify_all();
     }
 
-    /// The leader `pid`, which has left, waits for the others.
-    pub(crate) fn wait_as_leader(&self, pid: u32) -> Wake {
+    /// The leader `pid`, which has left, waits for the others. `interrupted` is
+    /// asked whether the run of a served program shall end, whenever somebody
+    /// [says so](Threads::wake_leader).
+    pub(crate) fn wait_as_leader(&self, pid: u32, interrupted: impl Fn() -> bool) -> Wake {
         let mut state = self.lock();
         loop {
-            if let Some(takeover) = state.takeover.take() {
+            if state.members.is_empty()
+                && let Some(takeover) = state.takeover.take()
+            {
                 state.phase = Phase::Running;
                 state.members.insert(pid, Member::default());
                 return Wake::Takeover(takeover);
             }
-            if let Some(ending) = state.run_end.take() {
-                return Wake::RunEnded(ending);
+            if state.is_running() {
+                let ended = state.run_end.take();
+                let ended = ended.or_else(|| interrupted().then_some(Ending::Interrupted));
+                if let Some(ending) = ended {
+                    // Until the leader has gathered them, nobody begins to
+                    // replace the program: there is no leader to wait for.
+                    state.phase = Phase::Replacing(pid);
+                    return Wake::RunEnded(ending);
+                }
             }
             if state.members.is_empty() {
                 match state.phase {
@@ -264,8 +334,18 @@ impl State {
         self.members.iter().map(|(&tid, &member)| (tid, member))
     }
 
+    fn is_replaced_by(&self, tid: u32) -> bool {
+        matches!(self.phase, Phase::Replacing(by) if by == tid)
+    }
+
     fn kick_all(&self, pid: u32) {
         for &tid in self.members.keys() {
+            host::kick(pid, tid);
+        }
+    }
+
+    fn kick_others(&self, pid: u32, me: u32) {
+        for &tid in self.members.keys().filter(|&&tid| tid != me) {
             host::kick(pid, tid);
         }
     }
