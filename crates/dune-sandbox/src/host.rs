@@ -199,6 +199,9 @@ pub fn move_fd_high(fd: OwnedFd) -> std::io::Result<OwnedFd> {
         let part = (old.rlim_cur / 4).clamp(SPARE, MOST_DESCRIPTORS);
         old.rlim_cur.saturating_sub(part).max(3).max(floor)
     };
+    if base >= if roomy { old.rlim_max } else { old.rlim_cur } {
+        return Err(Errno::EMFILE.into());
+    }
     let make = || {
         let command = u64::from(general::F_DUPFD_CLOEXEC);
         // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and touches no memory.

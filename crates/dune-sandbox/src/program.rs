@@ -32,7 +32,7 @@ use crate::policy::enforced::Enforced;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::snapshot::Served;
-use crate::snapshot::memory::{Layer, Layers, Tracked};
+use crate::snapshot::memory::{Layer, Layers, Tracked, set_aside};
 use crate::snapshot::watch::Watch;
 use crate::table;
 use crate::threads::{State, Threads};
@@ -91,10 +91,13 @@ impl Memory {
     ///
     /// # Errors
     ///
-    /// What the host kernel said.
+    /// `ENOMEM` for more than the guard can keep, or what the host kernel said.
     pub(crate) fn set_aside(&self, range: PageRange) -> Result<(), Errno> {
-        self.with_top(|top| top.set_aside(&self.areas, range))
-            .unwrap_or(Ok(()))
+        let Some(layers) = self.layers.as_ref() else {
+            return Ok(());
+        };
+        let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+        set_aside(&mut layers, &self.areas, range)
     }
 
     /// Before the program gains the right to write to `range`, or discards what

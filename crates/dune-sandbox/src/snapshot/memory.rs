@@ -47,7 +47,7 @@ use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::Errno;
 use crate::program::Memory;
-use crate::range::{PAGE_SIZE, PageRange};
+use crate::range::{PAGE_SIZE, PageRange, USER_HI};
 use crate::user::{Page, copy_page_by_kernel, load_page, page_equals, store_page};
 use crate::vma::{Area, Areas, Attributes, Backing, Sharing, effective};
 
@@ -63,6 +63,16 @@ const FEW: usize = 32;
 /// ...and those that were equal so often in a row are protected again.
 const COLD: u8 = 2;
 
+/// Bytes of mappings that may be set aside, for all snapshots together: half of
+/// the guard's part of the address space. They may be more than the machine has
+/// memory, for what is not touched costs none; and if they filled that part, the
+/// host kernel would put the guard's next mapping, such as a thread's stack,
+/// into the program's part.
+const MOST_ASIDE: u64 = (ADDRESSES_END - USER_HI) / 2;
+
+/// First address that no process has, with four levels of page tables.
+const ADDRESSES_END: u64 = 1 << 47;
+
 /// One snapshot's memory.
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -77,6 +87,8 @@ pub(crate) struct Layer {
     saved: BTreeMap<u64, Saved>,
     /// Mappings of the snapshot that the program has given up since.
     aside: Vec<Aside>,
+    /// Bytes in `aside`.
+    aside_bytes: u64,
     returns: u64,
 }
 
@@ -131,6 +143,7 @@ impl Layer {
             intact,
             saved: BTreeMap::new(),
             aside: Vec::new(),
+            aside_bytes: 0,
             returns: 0,
         }
     }
@@ -236,18 +249,26 @@ impl Layer {
 
     /// Moves what is the snapshot's in `range` out of the program's reach,
     /// before the range is unmapped. Ring 3 has no access to it any more.
+    /// Earlier snapshots keep `kept_below` bytes.
     ///
     /// # Errors
     ///
-    /// What the host kernel said. Then a part may have been moved.
-    pub(crate) fn set_aside(&mut self, now: &Areas, range: PageRange) -> Result<(), Errno> {
+    /// `ENOMEM` for more than [`MOST_ASIDE`] in all; nothing was moved then. Or
+    /// what the host kernel said; then a part may have been moved.
+    fn set_aside(&mut self, now: &Areas, range: PageRange, kept_below: u64) -> Result<(), Errno> {
+        let mut pieces = Vec::new();
         for part in self.intact.parts_of(range) {
-            let areas: Vec<Area> = now.overlapping(part).collect();
-            for area in areas {
-                if let Some(piece) = area.range.intersect(part) {
-                    self.move_aside(piece, area.attributes)?;
-                }
+            for area in now.overlapping(part) {
+                let piece = area.range.intersect(part);
+                pieces.extend(piece.map(|piece| (piece, area.attributes)));
             }
+        }
+        let bytes: u64 = pieces.iter().map(|(piece, _)| piece.len()).sum();
+        if kept_below + self.aside_bytes + bytes > MOST_ASIDE {
+            return Err(Errno::ENOMEM);
+        }
+        for (piece, attributes) in pieces {
+            self.move_aside(piece, attributes)?;
         }
         Ok(())
     }
@@ -258,6 +279,7 @@ impl Layer {
         match remap(piece.start(), len, at) {
             Ok(()) => {
                 self.intact.remove(piece);
+                self.aside_bytes += len;
                 self.aside.push(Aside {
                     range: piece,
                     at,
@@ -312,6 +334,7 @@ impl Layer {
                     at: aside.at + (part.start() - aside.range.start()),
                     attributes: aside.attributes,
                 });
+                below.aside_bytes += part.len();
                 below.intact.remove(part);
             }
         }
@@ -326,6 +349,19 @@ pub(crate) enum Tracked {
     Whole(PageRange),
     /// Without the right to write.
     ReadOnly(PageRange),
+}
+
+/// As [`Layer::set_aside`], for the latest of `layers`.
+///
+/// # Errors
+///
+/// Likewise.
+pub(crate) fn set_aside(layers: &mut Layers, now: &Areas, range: PageRange) -> Result<(), Errno> {
+    let Some((top, below)) = layers.split_last_mut() else {
+        return Ok(());
+    };
+    let kept_below = below.iter().map(|layer| layer.aside_bytes).sum();
+    top.set_aside(now, range, kept_below)
 }
 
 /// Takes a snapshot of the memory.
@@ -570,6 +606,7 @@ fn move_back(
             rights.push((part, area.attributes.access));
         }
     }
+    layer.aside_bytes = 0;
     for aside in layer.aside.drain(..) {
         remap(aside.at, aside.range.len(), aside.range.start())?;
         layer.intact.insert(aside.range);
@@ -630,10 +667,16 @@ pub(crate) fn pop(memory: &mut Memory) -> Result<(), Errno> {
 /// Address space of the guard, with nothing in it.
 fn reserve(len: u64) -> Result<u64, Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
-    forward_always(
+    let at = forward_always(
         __NR_mmap,
         [0, len, u64::from(PROT_NONE), flags, u64::MAX, 0],
-    )
+    )?;
+    if at < USER_HI {
+        // The guard's part has no such hole; the program's must not be used.
+        unmap_host(at, len)?;
+        return Err(Errno::ENOMEM);
+    }
+    Ok(at)
 }
 
 fn remap(from: u64, len: u64, to: u64) -> Result<(), Errno> {
