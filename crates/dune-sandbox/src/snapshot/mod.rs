@@ -46,12 +46,15 @@
 //!   the host kernel for a call of the program.
 //! - General and extended registers, segment bases.
 //! - Signals: mask, handlers, alternate stack; signals that wait because they
-//!   are blocked and were not waiting at the snapshot are discarded. Interval
-//!   timers (`setitimer`, `alarm`) are set as they were.
+//!   are blocked and were not waiting at the snapshot are discarded, whoever sent
+//!   them. Interval timers (`setitimer`, `alarm`) are set as they were.
 //! - Descriptors: those opened since are closed, those closed or replaced come
 //!   back, with their flags and their file's offset. Standard output and error
 //!   keep their offset: what was written there stays.
-//! - Working directory, umask, resource limits and names.
+//! - Working directory, umask, resource limits and names. While there is a
+//!   snapshot, no hard limit can be lowered (`EPERM`), for it could not be raised
+//!   again; the service is told of the end of a run with the limits of the
+//!   snapshot in force.
 //! - Threads made since are ended; processes made since are killed and
 //!   reaped.
 //!
@@ -773,6 +776,14 @@ impl Guard {
         let program = Arc::clone(&self.program);
         if let Err(finish) = program.threads.gather(program.pid()) {
             return finish.map(Next::Finish);
+        }
+        if let Some(served) = program.served()
+            && locked(&served.watch).limits
+            && let Some(point) = locked(&served.points).last()
+        {
+            // What the run may not write or open, its service may. If it fails, so
+            // does the return.
+            let _ = point.restore_limits();
         }
         self.tell_service(Event::Ended(ending), user)
     }
