@@ -350,3 +350,78 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Ids that no thread has: kicks go nowhere.
+    const LEADER: u32 = u32::MAX / 2;
+    const OTHER: u32 = LEADER - 1;
+
+    fn pair() -> Arc<Threads> {
+        let threads = Arc::new(Threads::default());
+        assert_eq!(threads.join(LEADER), Ok(()));
+        assert_eq!(threads.join(OTHER), Ok(()));
+        threads
+    }
+
+    /// The other thread calls `execve`, and leaves if it must.
+    fn replacing(threads: &Arc<Threads>) -> std::thread::JoinHandle<Result<(), Leave>> {
+        let begun = Arc::clone(threads);
+        let other = std::thread::spawn(move || {
+            let result = begun.begin_replacing(LEADER, OTHER);
+            if result.is_err() {
+                begun.leave(OTHER, None);
+            }
+            result
+        });
+        while threads.lock().is_running() {
+            std::thread::yield_now();
+        }
+        other
+    }
+
+    #[test]
+    fn who_waits_in_execve_is_still_a_thread_and_leaves_when_the_run_is_over() {
+        let threads = pair();
+        let other = replacing(&threads);
+        assert_eq!(threads.lock().members().count(), 2);
+        assert!(threads.gather(LEADER).is_ok());
+        assert_eq!(other.join().unwrap(), Err(Leave));
+        assert!(threads.lock().is_running());
+        let left: Vec<u32> = threads.lock().members().map(|(tid, _)| tid).collect();
+        assert_eq!(left, [LEADER]);
+    }
+
+    #[test]
+    fn a_run_that_is_over_is_not_replaced() {
+        let threads = pair();
+        threads.end_run(LEADER, Ending::Interrupted);
+        assert_eq!(threads.begin_replacing(LEADER, OTHER), Err(Leave));
+        threads.leave(LEADER, None);
+        let wake = threads.wait_as_leader(LEADER, || false);
+        assert!(matches!(wake, Wake::RunEnded(Ending::Interrupted)));
+        // Nor before the leader has gathered the others.
+        assert_eq!(threads.begin_replacing(LEADER, OTHER), Err(Leave));
+        threads.leave(OTHER, None);
+        assert!(threads.gather(LEADER).is_ok());
+        assert!(threads.has(LEADER));
+    }
+
+    #[test]
+    fn the_leader_takes_over_when_the_other_has_left() {
+        let threads = pair();
+        let other = replacing(&threads);
+        threads.leave(LEADER, None);
+        assert_eq!(other.join().unwrap(), Ok(()));
+        let (user, mask) = (UserState::default(), 0);
+        threads.hand_over(OTHER, Takeover { user, mask });
+        assert_eq!(threads.lock().members().count(), 1);
+        threads.leave(OTHER, None);
+        let wake = threads.wait_as_leader(LEADER, || true);
+        assert!(matches!(wake, Wake::Takeover(_)));
+    }
+}

@@ -304,3 +304,31 @@ fn read_all(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::UserPages;
+
+    #[test]
+    fn a_journal_notes_what_can_be_written_and_has_an_end() {
+        let pages = UserPages::anonymous(1 + MOST_BYTES / PAGE_SIZE);
+        let mut memory = pages.memory.write().unwrap();
+        let (_, pipe) = std::io::pipe().unwrap();
+        let mut journal = Journal::new(&memory, pipe.into());
+        let pid = std::process::id();
+        let range = |len| UserRange::new(pages.start(), len).unwrap();
+        assert_eq!(journal.note(&memory.areas, pid, range(MOST_BYTES)), Ok(()));
+        let more = journal.note(&memory.areas, pid, range(MOST_BYTES + 1));
+        assert_eq!(more, Err(Errno::ENOMEM));
+        let (_, pipe) = std::io::pipe().unwrap();
+        let mut journal = Journal::new(&memory, pipe.into());
+        let all = PageRange::covering(range(MOST_BYTES + 1)).unwrap();
+        memory.areas.protect(all, Access::READ).unwrap();
+        assert_eq!(
+            journal.note(&memory.areas, pid, range(MOST_BYTES + 1)),
+            Ok(())
+        );
+        assert!(journal.before.is_empty());
+    }
+}

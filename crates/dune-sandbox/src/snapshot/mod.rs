@@ -777,13 +777,14 @@ impl Guard {
         if let Err(finish) = program.threads.gather(program.pid()) {
             return finish.map(Next::Finish);
         }
-        if let Some(served) = program.served()
-            && locked(&served.watch).limits
-            && let Some(point) = locked(&served.points).last()
-        {
-            // What the run may not write or open, its service may. If it fails, so
-            // does the return.
-            let _ = point.restore_limits();
+        if let Some(served) = program.served() {
+            let changed = locked(&served.watch).limits;
+            let points = locked(&served.points);
+            if let Some(point) = points.last().filter(|_| changed) {
+                // What the run could not write or open, its service may. If this
+                // fails, so does the return.
+                let _ = point.restore_limits();
+            }
         }
         self.tell_service(Event::Ended(ending), user)
     }
