@@ -1,7 +1,11 @@
 //! `cargo xtask fuzz`: the fuzz targets, for a while each.
+//!
+//! The target `calls` is none of libFuzzer's: it is a test that plays hostile programs in the
+//! sandbox (`crates/dune-sandbox/tests/generated_calls.rs`), and needs a KVM that runs ring 3.
 
 use std::fs;
 use std::process::{Command, ExitCode};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
@@ -10,7 +14,7 @@ use crate::process::{succeed, try_run, workspace};
 /// Options of `cargo xtask fuzz`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct FuzzArgs {
-    /// The target [default: each in turn].
+    /// The target, such as `elf` or `calls` [default: each in turn].
     target: Option<String>,
 
     /// How long to fuzz each target.
@@ -25,7 +29,13 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
         Some(target) => vec![target.clone()],
         None => all_targets()?,
     };
-    prepare()?;
+    let (calls, targets): (Vec<_>, Vec<_>) = targets.into_iter().partition(|name| name == CALLS);
+    if !calls.is_empty() {
+        generated_calls(args.seconds)?;
+    }
+    if !targets.is_empty() {
+        prepare()?;
+    }
     for target in targets {
         let corpus = format!("fuzz/corpus/{target}");
         fs::create_dir_all(workspace().join(&corpus)).context("create the corpus")?;
@@ -48,7 +58,24 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The names of the files in `fuzz/fuzz_targets`.
+/// The target that is a test.
+const CALLS: &str = "calls";
+
+/// Programs that nobody had before: the seeds go on from the time of day.
+fn generated_calls(seconds: u64) -> Result<()> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let seed = now.map_or(1, |now| now.as_secs() << 20);
+    println!("fuzzing {CALLS} for {seconds} s, from seed {seed}");
+    let mut command = crate::process::cargo();
+    command
+        .args(["test", "-p", "dune-sandbox", "--test", "generated_calls"])
+        .args(["--", "--nocapture"])
+        .env("DUNE_FUZZ_SECONDS", seconds.to_string())
+        .env("DUNE_FUZZ_SEED", seed.to_string());
+    succeed(&mut command).context("the generated calls found something: see above")
+}
+
+/// The names of the files in `fuzz/fuzz_targets`, and the one that is a test.
 fn all_targets() -> Result<Vec<String>> {
     let folder = workspace().join("fuzz/fuzz_targets");
     let entries = fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
@@ -56,6 +83,7 @@ fn all_targets() -> Result<Vec<String>> {
         .flatten()
         .filter_map(|entry| Some(entry.path().file_stem()?.to_str()?.to_owned()))
         .collect();
+    targets.push(CALLS.to_owned());
     targets.sort();
     Ok(targets)
 }

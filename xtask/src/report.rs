@@ -2,10 +2,12 @@
 //! benchmarks found, which needs no other file and no network.
 //!
 //! A benchmark leaves a JSON file in `target/bench`; each becomes a section
-//! with its table and a figure for each row.
+//! with its table and a figure for each row. Before them is a section for each
+//! table of the paper, of the rows that measure the same.
 
 mod figure;
 mod html;
+mod paper;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -296,6 +298,9 @@ mod tests {
             "<svg",
             "<th>id</th><th>dune</th><th>mprotect</th><th>uffd</th><th>aim</th>",
             "<th>id</th><th>dune-gc</th><th>libgc</th><th>aim</th>",
+            "Table 3 of the paper",
+            "Table 7 of the paper",
+            "<code>cargo xtask bench wedge</code>",
         ] {
             assert!(text.contains(part), "{part} is missing");
         }

@@ -41,7 +41,10 @@ const PROGRAMS: &[Tool] = &[
     // For its library, which is read in a compartment.
     tool("xmlwf", "expat"),
     tool("sqlite3", "sqlite3"),
+    tool("afl-fuzz", "afl++"),
     tool("strace", "strace"),
+    tool("gdb", "gdb"),
+    tool("gcc", "gcc"),
 ];
 
 const fn tool(program: &'static str, package: &'static str) -> Tool {

@@ -260,11 +260,17 @@ fn run_snapshots(arguments: SnapshotsArguments) -> anyhow::Result<()> {
 }
 
 fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {
-    let matrix = sandbox::run(&sandbox::Choices {
+    let choices = sandbox::Choices {
         samples: arguments.samples as usize,
         only: arguments.only,
         contenders: arguments.contender,
         dune: arguments.dune,
+    };
+    let matrix = sandbox::run(&choices, |matrix| {
+        if arguments.json.as_os_str() == "-" {
+            return Ok(());
+        }
+        report::write(&arguments.json, &matrix.json()?)
     })?;
     publish(&arguments.json, &matrix.table(), &matrix.json()?)
 }

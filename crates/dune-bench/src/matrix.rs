@@ -61,6 +61,10 @@ impl Row {
         self.unit == RowUnit::Clock
     }
 
+    pub(crate) fn clear_aims(&mut self) {
+        self.aims.clear();
+    }
+
     pub(crate) fn add_aim(&mut self, aim: Aim) {
         self.aims.push(aim);
     }

@@ -152,6 +152,9 @@ struct JsonRow<'a> {
     id: &'a str,
     label: &'a str,
     values: BTreeMap<&'a str, Number>,
+    /// Why Dune has no value.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    missing: BTreeMap<&'a str, &'a str>,
     aim: Option<Number>,
 }
 
@@ -173,14 +176,15 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// The rows that have a figure for Dune, or that say what something costs without it.
+    /// The same for programs; a row without a figure for Dune says why.
     pub(crate) fn json(&self) -> anyhow::Result<String> {
-        let rows = self.rows.iter().filter(|row| row.missing.is_none());
         let report = JsonReport {
             machine: &self.machine,
             placement: self.placement,
             unit: self.clock.unit().to_string(),
-            rows: rows
+            rows: self
+                .rows
+                .iter()
                 .map(|row| JsonRow {
                     id: row.id,
                     label: row.label,
@@ -188,6 +192,11 @@ impl Report {
                         .entries
                         .iter()
                         .map(|entry| (entry.contender, Number(entry.figure.median)))
+                        .collect(),
+                    missing: row
+                        .missing
+                        .iter()
+                        .map(|reason| (DUNE, reason.as_str()))
                         .collect(),
                     aim: row.aim.map(Number),
                 })

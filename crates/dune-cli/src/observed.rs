@@ -161,6 +161,10 @@ impl Engine for Observed {
         self.inner.admit(addr, area, access)
     }
 
+    fn admit_ahead(&mut self, range: PageRange, access: Access) -> Result<(), EngineError> {
+        self.inner.admit_ahead(range, access)
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.inner.revoke(range)
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Args, Parser, ValueEnum};
 use dune_kvm::probe::{self, Kvm, Placement, PlacementRequest, ProbeError};
+use dune_sandbox::debug::{Address, Debugger};
 use dune_sandbox::engine::Engine;
 use dune_sandbox::engine::in_guest::InGuest;
 use dune_sandbox::engine::on_host::OnHost;
@@ -53,6 +54,12 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     backtrace: bool,
 
+    /// Stop the program at its first instruction until gdb attaches, at a PORT
+    /// of this machine (0: any), an ADDRESS:PORT or unix:PATH. Watchpoints need
+    /// `set can-use-hw-watchpoints 0` in gdb.
+    #[arg(long, value_name = "WHERE")]
+    gdb: Option<Address>,
+
     /// At the end, say how many system calls and faults there were.
     #[arg(long)]
     stats: bool,
@@ -71,7 +78,9 @@ Examples:
   dune run --rw . --net none --mem 1G --timeout 5m -- make
   dune run --policy build.toml -- make
   dune run --clear-env --env PATH=/bin -- env
-  dune run --placement lab -- uname -r";
+  dune run --placement lab -- uname -r
+  dune run --gdb 1234 -- ./program                  # and in another terminal:
+    gdb -ex 'set sysroot /' -ex 'target remote :1234' ./program";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Where {
@@ -189,6 +198,10 @@ fn here(
         watchdog::start(limit, program_name(args), args.json)?;
     }
     let mut command = command(&args.command, &args.policy, policy, args.cwd.as_deref());
+    if let Some(address) = &args.gdb {
+        // Before the engine, so that its thread stays outside.
+        command = command.debugger(wait_for_gdb(args, address)?);
+    }
     let trace = trace.map(Trace::start).transpose()?;
     if let Some(trace) = &trace {
         command = command.tracer(trace.tracer());
@@ -202,7 +215,9 @@ fn here(
         command = command.crash_report_to(observer.another()?);
     }
     streams::close_again();
-    match command.run(Box::new(engine)) {
+    let ended = command.run(Box::new(engine));
+    watchdog::let_end();
+    match ended {
         Ok(outcome) => {
             if !args.is_quiet() && trace.is_none() {
                 let warnings = [missing_calls(&outcome.missing), refusals(args, &outcome)];
@@ -229,6 +244,27 @@ fn here(
             Ok(ExitCode::from(error.exit_code()))
         }
     }
+}
+
+/// Waits for gdb, and says how to attach.
+fn wait_for_gdb(args: &RunArgs, address: &Address) -> anyhow::Result<Debugger> {
+    let debugger = Debugger::listen(address)?;
+    if !args.is_quiet() {
+        let address = debugger.address();
+        if let Address::Tcp(socket) = address
+            && !socket.ip().is_loopback()
+        {
+            output::complain(&format!(
+                "whoever reaches {socket} can do with the program what you can; \
+                 choose a loopback address or unix:PATH"
+            ));
+        }
+        output::complain(&format!(
+            "waiting for gdb; attach by: gdb -ex 'set sysroot /' -ex 'target remote {address}' {}",
+            program_name(args)
+        ));
+    }
+    Ok(debugger)
 }
 
 /// How many refusals there were, for those who did not ask to see each and may
@@ -292,6 +328,12 @@ fn missing_calls(missing: &[MissingCall]) -> Option<String> {
 
 /// The same command again, inside of the lab, where KVM runs ring 0.
 fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
+    if args.gdb.is_some() {
+        bail!(
+            "--gdb cannot reach into the lab, which has no network; it needs a KVM on this \
+             machine (`dune check` says what there is)"
+        );
+    }
     // Starting the lab takes time, too, which is not the program's.
     let timeout = args.policy.policy()?.limits().timeout;
     again_in_lab(

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "signal masks")]
 
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +12,9 @@ use crate::{family, output, report};
 
 /// What `timeout` ends with as well.
 const TIME_IS_OVER: u8 = 124;
+
+/// The process whose time is over, as soon as it is; 0 before.
+static OVER_IN: AtomicU32 = AtomicU32::new(0);
 
 /// Starts a thread that ends the process, program and all, after `limit`: every
 /// process that descends from this one is killed first. One whose parent has
@@ -27,6 +31,7 @@ pub(crate) fn start(limit: Duration, program: String, json: bool) -> anyhow::Res
     family::adopt_orphans();
     spawn_beside("watchdog", move || {
         thread::sleep(limit);
+        OVER_IN.store(std::process::id(), Ordering::Release);
         family::end_descendants();
         let seconds = limit.as_secs_f64();
         if json {
@@ -53,6 +58,16 @@ pub(crate) fn spawn_beside(name: &str, body: impl FnOnce() + Send + 'static) -> 
     thread
         .map(drop)
         .with_context(|| format!("cannot start the thread {name}; lower the load"))
+}
+
+/// To be called when the program has ended: if its time is over, it may have ended because
+/// its children were killed, and what is said of its end is the watchdog's to say. Then this
+/// does not return.
+pub(crate) fn let_end() {
+    // A child has the number, and no watchdog.
+    while OVER_IN.load(Ordering::Acquire) == std::process::id() {
+        thread::park();
+    }
 }
 
 /// Returns the mask as it was.

@@ -197,7 +197,8 @@ pub(crate) fn wss(args: &WssArgs) -> anyhow::Result<ExitCode> {
     let engine = run::engine(placement)?;
     let (engine, mut observer) = observed::observe(engine, false)?;
     streams::close_again();
-    match command.sample(sampler).run(Box::new(engine)) {
+    let outcome = command.sample(sampler).run(Box::new(engine));
+    match outcome {
         Ok(outcome) => {
             let samples = samples.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(svg) = svg

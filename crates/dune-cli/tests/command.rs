@@ -1,6 +1,7 @@
 //! The `dune` command as a shell sees it: output, exit codes, messages.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -47,6 +48,10 @@ const RUN: &[Test] = &[
         "files_that_are_no_programs_are_126",
         files_that_are_no_programs_are_126,
     ),
+    (
+        "a_program_waits_for_gdb_where_it_says",
+        a_program_waits_for_gdb_where_it_says,
+    ),
 ];
 
 /// Tests that need no KVM.
@@ -70,6 +75,10 @@ const ANYWHERE: &[Test] = &[
         a_reader_who_goes_away_is_no_failure,
     ),
     ("help_has_examples", help_has_examples),
+    (
+        "gdb_is_not_waited_for_where_it_cannot_come",
+        gdb_is_not_waited_for_where_it_cannot_come,
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -352,5 +361,41 @@ fn help_has_examples() -> Outcome {
         assert_eq!(seen.status.code(), Some(0));
         assert!(stdout(&seen).contains("Examples:"), "{words:?}");
     }
+    Ok(())
+}
+
+fn a_program_waits_for_gdb_where_it_says() -> Outcome {
+    let mut child = dune(&["run", "--gdb", "0", "--", "echo", "began"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    stderr.read_line(&mut line).unwrap();
+    let (_, rest) = line.split_once("'target remote :").unwrap();
+    let (port, program) = rest.split_once("' ").unwrap();
+    assert_eq!(program.trim_end(), "echo", "{line}");
+    let port: u16 = port.parse().unwrap();
+    // Nobody but this machine is listened to, and nothing runs before gdb came.
+    let gdb = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(child.try_wait().unwrap().is_none());
+    // Who goes away lets the program run, and nobody else is served.
+    drop(gdb);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(stdout(&output), "began\n");
+    assert!(output.status.success());
+    assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
+    Ok(())
+}
+
+fn gdb_is_not_waited_for_where_it_cannot_come() -> Outcome {
+    let refused = output(&["run", "--gdb", "nowhere", "--", "true"]);
+    assert_eq!(refused.status.code(), Some(125));
+    assert!(stderr(&refused).contains("unix:PATH"));
+    let refused = output(&["run", "--placement=lab", "--gdb", "0", "--", "true"]);
+    assert_eq!(refused.status.code(), Some(125));
+    assert!(stderr(&refused).contains("lab"), "{}", stderr(&refused));
     Ok(())
 }

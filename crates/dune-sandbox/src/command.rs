@@ -11,6 +11,7 @@ use dune_loader::{ImageError, find_command};
 
 use crate::calls::segment::Segment;
 use crate::confine::{self, ConfineError, SecondWall};
+use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
@@ -57,6 +58,7 @@ pub struct Command {
     service: Option<Arc<Mutex<Option<Served>>>>,
     sampler: Option<Arc<Mutex<Option<Sampler>>>>,
     resumed: Option<Arc<Mutex<Option<Resumed>>>>,
+    debugger: Option<Arc<Debugger>>,
 }
 
 /// What became of a program.
@@ -170,6 +172,7 @@ impl Command {
             service: None,
             sampler: None,
             resumed: None,
+            debugger: None,
         }
     }
 
@@ -327,6 +330,14 @@ impl Command {
         self
     }
 
+    /// Stops the program at its first instruction until gdb is there, and has
+    /// it debugged. Of clones of this command, the first that runs is.
+    #[must_use]
+    pub fn debugger(mut self, debugger: Debugger) -> Self {
+        self.debugger = Some(Arc::new(debugger));
+        self
+    }
+
     /// Has `service` decide, when the program reaches `marker` and when it
     /// ends, how it goes on: see [`crate::snapshot`]. Of clones of this command,
     /// the first that runs is served.
@@ -403,6 +414,9 @@ impl Command {
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);
         }
+        if let Some(debugger) = &self.debugger {
+            guard.program.set_debugger(debugger);
+        }
         signal::host::forbid_core_dumps();
         let segments = self.segments.iter().map(|&id| {
             let found = Segment::of(id);
@@ -475,7 +489,14 @@ impl Command {
             }
             None => None,
         };
-        let end = guard.run(&mut user)?;
+        if let Some(debugger) = &self.debugger {
+            debugger.begin(&guard.program, guard.engine.xcr0());
+        }
+        let end = guard.run(&mut user);
+        if let Some(debugger) = &self.debugger {
+            debugger.end(end.as_ref().ok().copied());
+        }
+        let end = end?;
         if let Some(error) = sampled.and_then(Running::end) {
             return Err(error.into());
         }

@@ -6,6 +6,7 @@
 //! used: a value in the program's memory is read once, into the guard's.
 
 use core::cell::RefCell;
+use core::ops::ControlFlow;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::RawFd;
@@ -18,11 +19,12 @@ use crate::calls::paths::Pin;
 use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::crash::Crash;
-use crate::engine::{Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::debug::hook::Event;
+use crate::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
-use crate::program::Program;
+use crate::program::{Memory, Program};
 use crate::range::{PageRange, UserRange};
 use crate::signal::deliver::{
     Interrupted, Mapped, fault_context, signal_of_exception, signal_of_host_fault,
@@ -44,6 +46,8 @@ use crate::vma::effective;
 pub enum Resume {
     /// Run on.
     Continue,
+    /// Run on, after a debugger has been told why not at once.
+    Stop,
     /// The program has ended with this status (0 to 255).
     Exit(u8),
     /// The thread alone has ended, with this status.
@@ -94,6 +98,8 @@ pub struct Guard {
     pub(crate) status: Option<u8>,
     /// Set by a call that must not start again, whatever its row says.
     pub(crate) never_restart: bool,
+    /// What a debugger is to be told of this thread.
+    pub(crate) event: Option<Event>,
     /// Whether the service of the program wants no more of it.
     finished: bool,
     /// Set when a signal is fatal: the host blocks all of them then.
@@ -146,6 +152,7 @@ impl Guard {
             clear_child_tid: 0,
             status: None,
             never_restart: false,
+            event: None,
             finished: false,
             all_blocked: false,
             broken: None,
@@ -163,6 +170,7 @@ impl Guard {
         if !self.program.threads.has(self.tid) {
             let _ = self.program.threads.join(self.tid);
         }
+        self.begin_debugging();
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
 
@@ -175,6 +183,7 @@ impl Guard {
         }
         loop {
             self.status = self.run_thread(user);
+            self.leave_debugger();
             self.die_of_robust_futexes();
             if self.tid != self.pid() {
                 return None;
@@ -195,6 +204,7 @@ impl Guard {
                 _ => None,
             };
             if let Some(ending) = ended {
+                self.join_debugger();
                 self.all_blocked = true;
                 match self.run_ended(ending, user) {
                     Ok(Next::Continue) => continue,
@@ -224,6 +234,8 @@ impl Guard {
                         host::kick(self.pid(), self.tid);
                     }
                     host::set_mask(self.signals.mask);
+                    let _ = self.note_exec();
+                    self.join_debugger();
                 }
             }
         }
@@ -233,59 +245,84 @@ impl Guard {
     /// itself.
     fn run_thread(&mut self, user: &mut UserState) -> Option<u8> {
         loop {
-            if record::take_kick() {
-                // While the kick waited, no mask could be set.
-                host::set_mask(self.signals.mask);
-                if self.program.threads.must_leave(self.tid) {
-                    return None;
-                }
-                if self.tid == self.pid()
-                    && let Some(ending) = self.run_was_ended()
-                {
-                    match self.next_run(ending, user) {
-                        Some(finish) => {
-                            self.end_program(finish);
-                            return None;
-                        }
-                        None => continue,
-                    }
-                }
+            if record::take_kick()
+                && let ControlFlow::Break(status) = self.look_up(user)
+            {
+                return status;
             }
             let (resume, fault) = match self.engine.run(user) {
                 Ok(trap) => (self.on_trap(trap, user), trap.address()),
                 Err(error) => (Err(error), None),
             };
-            let finish = match resume {
-                Ok(Resume::Continue) => continue,
-                Ok(Resume::ThreadExit(status)) if self.is_last_of_run() => Ok(End::Exit(status)),
-                Ok(Resume::ThreadExit(status)) => return Some(status),
-                Ok(Resume::Leave) => return None,
-                Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
-                Ok(Resume::Killed(signal)) => {
-                    self.report_crash(signal, fault, user);
-                    self.all_blocked = true;
-                    Ok(End::Killed(signal))
-                }
-                Err(error) => Err(error),
-            };
-            let finish = match finish {
-                Ok(end) if self.program.served().is_some() => {
-                    if self.tid != self.pid() {
-                        // The first thread sees to it.
-                        let ending = Ending::End(end);
-                        self.program.threads.end_run(self.pid(), ending);
-                        return None;
-                    }
-                    match self.next_run(Ending::End(end), user) {
-                        Some(finish) => finish,
-                        None => continue,
-                    }
-                }
-                finish => finish,
-            };
-            self.end_program(finish);
-            return None;
+            if let Ok(Resume::Continue) = resume {
+                continue;
+            }
+            if let ControlFlow::Break(status) = self.conclude(resume, fault, user) {
+                return status;
+            }
         }
+    }
+
+    /// This thread was kicked: finds out what for. Breaks with its status if it
+    /// must leave.
+    fn look_up(&mut self, user: &mut UserState) -> ControlFlow<Option<u8>> {
+        // While the kick waited, no mask could be set.
+        host::set_mask(self.signals.mask);
+        if self.program.threads.must_leave(self.tid) {
+            return ControlFlow::Break(None);
+        }
+        if self.tid == self.pid()
+            && let Some(ending) = self.run_was_ended()
+        {
+            return match self.next_run(ending, user) {
+                Some(finish) => {
+                    self.end_program(finish);
+                    ControlFlow::Break(None)
+                }
+                None => ControlFlow::Continue(()),
+            };
+        }
+        self.stop_for_debugger(user)
+    }
+
+    /// Does what is to be done after a trap. Breaks with the thread's status if
+    /// it must leave.
+    pub(crate) fn conclude(
+        &mut self,
+        resume: Result<Resume, EngineError>,
+        fault: Option<u64>,
+        user: &mut UserState,
+    ) -> ControlFlow<Option<u8>> {
+        let finish = match resume {
+            Ok(Resume::Continue | Resume::Stop) => return ControlFlow::Continue(()),
+            Ok(Resume::ThreadExit(status)) if self.is_last_of_run() => Ok(End::Exit(status)),
+            Ok(Resume::ThreadExit(status)) => return ControlFlow::Break(Some(status)),
+            Ok(Resume::Leave) => return ControlFlow::Break(None),
+            Ok(Resume::Exit(status)) => Ok(End::Exit(status)),
+            Ok(Resume::Killed(signal)) => {
+                self.report_crash(signal, fault, user);
+                self.all_blocked = true;
+                Ok(End::Killed(signal))
+            }
+            Err(error) => Err(error),
+        };
+        let finish = match finish {
+            Ok(end) if self.program.served().is_some() => {
+                if self.tid != self.pid() {
+                    // The first thread sees to it.
+                    let ending = Ending::End(end);
+                    self.program.threads.end_run(self.pid(), ending);
+                    return ControlFlow::Break(None);
+                }
+                match self.next_run(Ending::End(end), user) {
+                    Some(finish) => finish,
+                    None => return ControlFlow::Continue(()),
+                }
+            }
+            finish => finish,
+        };
+        self.end_program(finish);
+        ControlFlow::Break(None)
     }
 
     /// Whether this thread's end is that of a run of a served program.
@@ -366,10 +403,13 @@ impl Guard {
             Trap::HostFault { addr, .. } => {
                 self.deliver_fault(user, signal_of_host_fault(addr), fault_context(&trap))
             }
-            Trap::Exception { vector, .. } => {
-                let info = signal_of_exception(vector, user.regs.rip);
-                self.deliver_fault(user, info, fault_context(&trap))
-            }
+            Trap::Exception { vector, .. } => match self.stop_at_breakpoint(vector, user) {
+                Some(stop) => stop,
+                None => {
+                    let info = signal_of_exception(vector, user.regs.rip);
+                    self.deliver_fault(user, info, fault_context(&trap))
+                }
+            },
             Trap::Interrupted => Resume::Continue,
         };
         let resume = match resume {
@@ -438,6 +478,23 @@ impl Guard {
             .map_err(|error| self.engine_failed(error))
     }
 
+    /// Offers `range`, which lies in one area and is not admitted, to the engine
+    /// before the program touches it. The caller holds the memory's lock.
+    pub(crate) fn admit_ahead(&mut self, memory: &Memory, range: PageRange) {
+        let Some(area) = memory.areas.find(range.start()) else {
+            return;
+        };
+        if effective(area.attributes.access).is_empty() {
+            return;
+        }
+        let what = memory.admissible(self.pid(), range.start(), area, Access::READ);
+        if let Some(range) = what.range.intersect(range)
+            && let Err(error) = self.engine.admit_ahead(range, what.access)
+        {
+            self.engine_failed(error);
+        }
+    }
+
     fn on_syscall(&mut self, user: &mut UserState) -> Resume {
         let regs = &user.regs;
         let rax = regs.rax;
@@ -463,6 +520,7 @@ impl Guard {
         let result = match answer {
             Answer::Return(result) => result,
             Answer::Registers => return Resume::Continue,
+            Answer::Stop => return Resume::Stop,
             Answer::Exit(status) => return Resume::Exit(status),
             Answer::ThreadExit(status) => return Resume::ThreadExit(status),
             Answer::Leave => return Resume::Leave,
@@ -562,7 +620,7 @@ impl Guard {
         &mut self,
         trap: Trap,
         addr: u64,
-        needed: crate::engine::Access,
+        needed: Access,
         user: &mut UserState,
     ) -> Resume {
         // Shared, until the page is admitted: who takes rights away waits.
@@ -620,7 +678,6 @@ mod tests {
     use linux_raw_sys::general as nr;
 
     use super::*;
-    use crate::engine::Access;
     use crate::engine::mock::{MockEngine, Request};
     use crate::range::PAGE_SIZE;
     use crate::signal::{SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};

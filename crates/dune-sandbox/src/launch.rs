@@ -264,6 +264,7 @@ impl Prepared {
         process.arguments = block(self.stack.arguments);
         process.environment = block(self.stack.environment);
         process.exe = exe;
+        process.auxv = auxiliary_vector(&self.stack.bytes);
         drop(process);
         set_name(&self.filename);
 
@@ -313,7 +314,7 @@ pub(crate) fn replace(
         Ok(start) if guard.tid == program.pid() => {
             *user = start;
             program.threads.replaced();
-            Answer::Registers
+            guard.note_exec()
         }
         // The program runs on in the thread that has the process's id.
         Ok(user) => {
@@ -347,6 +348,7 @@ fn clear(guard: &mut Guard) -> Result<(), Errno> {
         unmap(guard, &mut memory, range)?;
     }
     drop(memory);
+    guard.forget_breakpoints();
     fd::close_on_exec(guard);
     settle_identity()?;
     let mut dispositions = program.dispositions();
@@ -443,6 +445,22 @@ fn real_path(path: &Path) -> Vec<u8> {
         .unwrap_or_else(|_| path.into())
         .into_os_string()
         .into_vec()
+}
+
+/// The auxiliary vector in a program's first stack, with its end.
+fn auxiliary_vector(stack: &[u8]) -> Vec<u8> {
+    let (words, _) = stack.as_chunks::<8>();
+    let word = |index: usize| words.get(index).map_or(0, |word| u64::from_le_bytes(*word));
+    // The count of arguments, those, a zero; the environment, a zero.
+    let environment = 2 + word(0) as usize;
+    let end = (environment..words.len()).find(|&index| word(index) == 0);
+    let start = end.map_or(words.len(), |end| end + 1);
+    let entries = words[start..].chunks(2);
+    let count = entries
+        .take_while(|entry| u64::from_le_bytes(entry[0]) != 0)
+        .count();
+    let with_end = (start + 2 * (count + 1)).min(words.len());
+    words[start..with_end].concat()
 }
 
 /// Names the process after the program, as `execve` does.

@@ -13,7 +13,8 @@
 //! 3. what goes to the kernel goes by a raw system call ([`host`]), what is
 //!    copied from or to the program by [`user`].
 //!
-//! [`Command`] starts all that; [`trace`] prints every call, decoded.
+//! [`Command`] starts all that; [`trace`] prints every call, decoded; by
+//! [`debug`] gdb sees the program.
 //!
 //! # What holds a hostile program
 //!
@@ -33,7 +34,7 @@
 //!
 //! # What is not here yet
 //!
-//! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
+//! - System V shared memory (but what [`Command::segment`] gives), semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
 //! - A vDSO: clocks are system calls.
@@ -43,6 +44,7 @@ mod calls;
 pub mod command;
 pub mod confine;
 pub mod crash;
+pub mod debug;
 pub mod engine;
 pub mod guard;
 pub mod handler;

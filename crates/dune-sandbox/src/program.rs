@@ -10,6 +10,7 @@
 //! | `memory` | areas, heap, placement | shared across a copy or an `admit`; exclusively across a change of mappings, with the host's part of it |
 //! | `dispositions` | what signals do | across the change of the host's disposition too |
 //! | `process` | names, limits | to look or change |
+//! | that of `debugger` | who is stopped, breakpoints | to look or change |
 //!
 //! In this order, from top to bottom, where more than one is taken.
 
@@ -24,6 +25,8 @@ use std::sync::{
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
 use crate::calls::segment::Segment;
+use crate::debug::Debugger;
+use crate::debug::control::{self, Control};
 use crate::engine::{Access, Engine, EngineError};
 use crate::guard::MissingCall;
 use crate::handler::{Handler, Handlers};
@@ -188,6 +191,7 @@ pub(crate) struct Locks<'a> {
     _dispositions: MutexGuard<'a, Dispositions>,
     _process: RwLockWriteGuard<'a, Process>,
     _missing: MutexGuard<'a, BTreeMap<u32, u64>>,
+    _debugger: Option<MutexGuard<'a, control::State>>,
 }
 
 /// See the module documentation.
@@ -220,6 +224,9 @@ pub(crate) struct Program {
     in_snapshot: AtomicBool,
     /// Who decides at markers and ends, if anybody does.
     served: Option<Served>,
+    /// How a debugger stops threads, if there is one; set before the first
+    /// runs.
+    debugger: OnceLock<Arc<Control>>,
 }
 
 impl Program {
@@ -243,6 +250,7 @@ impl Program {
             journaling: AtomicBool::new(false),
             in_snapshot: AtomicBool::new(false),
             served: None,
+            debugger: OnceLock::new(),
             threads: Threads::default(),
         }
     }
@@ -340,9 +348,35 @@ impl Program {
     }
 
     /// Whether a call with an answer that never changes need not be seen:
-    /// nobody traces the program, and the embedding program handles no call.
+    /// nobody traces or debugs the program, and the embedding program handles
+    /// no call.
     pub(crate) fn lets_calls_pass_unseen(&self) -> bool {
-        self.tracer.get().is_none() && self.handlers.get().is_none_or(Handlers::is_empty)
+        self.tracer.get().is_none()
+            && self.debugger.get().is_none()
+            && self.handlers.get().is_none_or(Handlers::is_empty)
+    }
+
+    /// Has `debugger` stop the program where gdb wants it. Only the first
+    /// counts.
+    pub(crate) fn set_debugger(&self, debugger: &Debugger) {
+        let mut hidden = self.hidden_fds_mut();
+        for fd in debugger.descriptors() {
+            self.pass(&mut hidden, fd);
+        }
+        drop(hidden);
+        let control = debugger.control();
+        self.threads.set_debugger(Arc::clone(control));
+        let _ = self.debugger.set(Arc::clone(control));
+    }
+
+    /// How a debugger stops the threads of this process, if there is one.
+    pub(crate) fn control(&self) -> Option<&Arc<Control>> {
+        self.debugger.get().filter(|_| !self.is_forked())
+    }
+
+    /// In the child of a `fork`: how one stops the parent's.
+    pub(crate) fn control_of_parent(&self) -> Option<&Arc<Control>> {
+        self.debugger.get()
     }
 
     /// The process's id, the same for the program and the host.
@@ -437,6 +471,7 @@ impl Program {
             _dispositions: self.dispositions(),
             _process: self.process_mut(),
             _missing: self.missing.lock().unwrap_or_else(PoisonError::into_inner),
+            _debugger: self.debugger.get().map(|control| control.lock()),
         }
     }
 

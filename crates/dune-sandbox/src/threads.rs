@@ -20,8 +20,9 @@
 //! with the program that another thread's `execve` has started.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::debug::control::Control;
 use crate::engine::{EngineError, UserState};
 use crate::guard::End;
 use crate::signal::{SigSet, host};
@@ -75,6 +76,8 @@ pub(crate) struct Leave;
 pub(crate) struct Threads {
     state: Mutex<State>,
     changed: Condvar,
+    /// Threads that a debugger has stopped do not hear of kicks.
+    debugger: OnceLock<Arc<Control>>,
 }
 
 /// What the leader waited for.
@@ -155,12 +158,25 @@ impl Threads {
                 state.phase = Phase::Ending;
                 state.finish = Some(finish);
                 state.kick_all(pid);
+                self.release_stopped(None);
                 self.changed.notify_all();
             }
             Phase::Ending => {
                 state.finish.get_or_insert(finish);
             }
             Phase::Replacing(_) => {}
+        }
+    }
+
+    /// Threads stop for a debugger in `control`.
+    pub(crate) fn set_debugger(&self, control: Arc<Control>) {
+        let _ = self.debugger.set(control);
+    }
+
+    /// Has the threads that a debugger has stopped leave, but for `except`.
+    fn release_stopped(&self, except: Option<u32>) {
+        if let Some(control) = self.debugger.get() {
+            control.release(except);
         }
     }
 
@@ -196,6 +212,7 @@ impl Threads {
         }
         state.members.entry(pid).or_default();
         state.kick_others(pid, pid);
+        self.release_stopped(Some(pid));
         self.changed.notify_all();
         let mut state = self.wait_for_others(state, pid, |_| true);
         state.run_end = None;
@@ -244,6 +261,7 @@ impl Threads {
         }
         state.phase = Phase::Replacing(tid);
         state.kick_others(pid, tid);
+        self.release_stopped(Some(tid));
         let state = self.wait_for_others(state, tid, |state| state.is_replaced_by(tid));
         if state.is_replaced_by(tid) {
             Ok(())

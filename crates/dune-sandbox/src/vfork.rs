@@ -34,7 +34,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use linux_raw_sys::general::{__NR_poll, __NR_read, __NR_write};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::calls::memory::{Space, map_anonymous};
+use crate::calls::memory::{Space, check_limit, map_anonymous};
 use crate::calls::{forward_always, own, own_mut};
 use crate::engine::Access;
 use crate::host::Errno;
@@ -251,6 +251,7 @@ pub(crate) fn take_over(program: &Program, pipe: &OwnedFd, must_leave: impl Fn()
                 let mut memory = program.memory_mut();
                 if let Some(range) = PageRange::new(header.start, header.len)
                     && memory.areas.is_free(range)
+                    && check_limit(program, &memory, range.len(), access).is_ok()
                 {
                     // Without it the program's next access says so.
                     let _ = map_anonymous(&mut memory, range, Attributes::anonymous(access));

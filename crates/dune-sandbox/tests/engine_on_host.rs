@@ -329,8 +329,10 @@ fn a_fault_outside_every_area_is_reported() {
 #[test]
 fn the_guards_pages_cannot_be_written() {
     let mut program = Program::new(touch());
-    // All but the scratch page, which holds the program's own state.
-    for page in 0..5 {
+    // All but the scratch page, which holds the program's own state. The last is
+    // where a weak KVM's vCPU has answers.
+    program.engine.answer_by_itself(true).unwrap();
+    for page in (0..5).chain([0x103]) {
         program.user.regs.rip = CODE;
         program.user.regs.rdi = 0x7fff_8000_0000 + page * PAGE;
         let trap = program.run();
@@ -651,6 +653,208 @@ fn odd_flags_do_not_reach_the_guard() {
         assert_eq!(seen & 0x3000, 0, "IOPL with bit {bit}");
         assert_ne!(seen & 0x200, 0, "IF with bit {bit}");
     }
+}
+
+program!(
+    asks_and_looks,
+    "push rdi",
+    "popfq",
+    "syscall",
+    "pushfq",
+    "pop rdi",
+    "cld",
+    "mov rsi, rax",
+    "mov eax, 1",
+    "syscall",
+);
+
+const GETPID: u64 = 39;
+const GETTID: u64 = 186;
+const PTRACE: u64 = 101;
+
+/// Whether the KVM here lets the landing answer: one that leaves `SYSCALL` at ring 3.
+fn answers_at_ring3() -> bool {
+    matches!(
+        &probe::probe().kvm,
+        probe::Kvm::Weak { measurements, .. } if measurements.syscall_cpl == Some(3)
+    )
+}
+
+#[test]
+fn answers_that_never_change_leave_everything_else_as_it_was() {
+    let mut program = Program::new(asks_and_looks());
+    let tid = std::fs::read_link("/proc/thread-self").unwrap();
+    let tid: u64 = tid.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let expected = [
+        (GETPID, u64::from(std::process::id())),
+        (GETTID, tid),
+        (PTRACE, (-1_i64) as u64),
+        // As the kernel: the number is the low half.
+        (0xdead_0000_0000 | GETPID, u64::from(std::process::id())),
+    ];
+    // Any of the flags that a program may have, but for single steps.
+    let flags = [
+        0, 1, 4, 0x10, 0x40, 0x80, 0x800, 0x8d5, 0x400, 0x4000, 0x4_0000,
+    ];
+    for (may, (number, answer)) in [true, false]
+        .into_iter()
+        .flat_map(|may| expected.map(|call| (may, call)))
+    {
+        program.engine.answer_by_itself(may).unwrap();
+        for flags in flags {
+            let asked = !may || !answers_at_ring3() || flags & 0x4_4400 != 0;
+            let user = &mut program.user;
+            user.regs.rip = CODE;
+            user.regs.rsp = STACK + STACK_LEN;
+            user.regs.rflags = 0x202;
+            user.regs.rax = number;
+            user.regs.rdi = 0x202 | flags;
+            user.regs.rbx = 0xb;
+            user.regs.rdx = 0xd;
+            user.regs.r15 = 0xf;
+            if asked {
+                assert_eq!(program.syscall(), number, "flags {flags:#x}");
+                assert_eq!(program.user.regs.rip, CODE + 4);
+                program.user.regs.rax = answer;
+            }
+            assert_eq!(program.syscall(), 1, "call {number:#x}, flags {flags:#x}");
+            let regs = &program.user.regs;
+            assert_eq!(regs.rsi, answer, "call {number:#x}, flags {flags:#x}");
+            // The guard takes NT away.
+            let kept = 0x202 | flags & UserState::RFLAGS_USER;
+            assert_eq!(regs.rdi, kept, "call {number:#x}");
+            assert_eq!((regs.rbx, regs.rdx, regs.r15), (0xb, 0xd, 0xf));
+            assert_eq!(regs.rsp, STACK + STACK_LEN);
+        }
+    }
+}
+
+#[test]
+fn calls_with_an_answer_of_their_own_reach_the_guard() {
+    let mut program = Program::new(asks_and_looks());
+    program.engine.answer_by_itself(true).unwrap();
+    for number in [0, 38, 110, 512, 9_999, u64::from(u32::MAX)] {
+        program.user.regs.rip = CODE;
+        program.user.regs.rsp = STACK + STACK_LEN;
+        program.user.regs.rax = number;
+        program.user.regs.rdi = 0x202;
+        assert_eq!(program.syscall(), number);
+    }
+}
+
+#[test]
+fn pages_of_answers_are_of_no_use_to_a_program() {
+    if !answers_at_ring3() {
+        return;
+    }
+    let mut program = Program::new(jump());
+    program.engine.answer_by_itself(true).unwrap();
+    let page = 0x7fff_8010_3000;
+    for offset in 0..PAGE {
+        program.user.regs.rip = CODE;
+        program.user.regs.rdi = page + offset;
+        program.user.regs.rax = 0x77;
+        program.user.regs.rcx = 0x7fff_ffff_f000;
+        program.user.regs.r11 = u64::MAX;
+        program.user.regs.rflags = 0x202;
+        let trap = program.run();
+        let regs = &program.user.regs;
+        assert_eq!(
+            regs.rflags & !UserState::RFLAGS_USER,
+            0x202,
+            "at {offset:#x}"
+        );
+        if trap == Trap::Syscall {
+            assert!(regs.rip < 1 << 47, "at {offset:#x}");
+        }
+    }
+}
+
+program!(
+    asks_without_a_stack,
+    "mov rsp, rdi",
+    "syscall",
+    "mov rbx, rax",
+    "mov eax, cs",
+    "mov rsi, rax",
+    "hlt",
+);
+
+/// A weak KVM has to interpret some of these `SYSCALL`s, and arrives at ring 0 then.
+#[test]
+fn no_answer_is_given_at_ring_0() {
+    let mut program = Program::new(asks_without_a_stack());
+    program.engine.answer_by_itself(true).unwrap();
+    let pid = u64::from(std::process::id());
+    for stack in [0, 8, DATA + 1, 1 << 47, 0x8000_dead_beef_0000, u64::MAX] {
+        for _ in 0..3 {
+            program.user.regs.rip = CODE;
+            program.user.regs.rax = GETPID;
+            program.user.regs.rdi = stack;
+            let mut trap = program.run();
+            if trap == Trap::Syscall {
+                assert_eq!(program.user.regs.rax, GETPID);
+                program.user.regs.rax = pid;
+                trap = program.run();
+            }
+            assert!(
+                matches!(trap, Trap::Exception { vector: 13, .. }),
+                "{trap:?} with stack {stack:#x}"
+            );
+            assert_eq!(program.user.regs.rip, CODE + 13);
+            assert_eq!((program.user.regs.rbx, program.user.regs.rsi & 3), (pid, 3));
+        }
+    }
+}
+
+program!(
+    ids_for_ever,
+    "1: mov eax, 39",
+    "syscall",
+    "cmp rax, r12",
+    "jne 2f",
+    "mov eax, 101",
+    "syscall",
+    "cmp rax, r13",
+    "jne 2f",
+    "inc rbx",
+    "jmp 1b",
+    "2: ud2",
+);
+
+/// The program is nearly always in the page of answers or in the kernel of it.
+#[test]
+fn kicks_reach_a_program_that_asks_for_nothing_but_its_id() {
+    const SIGALRM: i32 = 14;
+    const ITIMER_REAL: i32 = 0;
+    let mut program = Program::new(ids_for_ever());
+    program.engine.answer_by_itself(true).unwrap();
+    program.user.regs.r12 = u64::from(std::process::id());
+    program.user.regs.r13 = (-1_i64) as u64;
+    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
+    // SAFETY: the handler stores one byte.
+    unsafe { signal(SIGALRM, on_alarm) };
+    let every = [0, 400, 0, 400];
+    // SAFETY: the value is two pairs of seconds and microseconds.
+    unsafe { setitimer(ITIMER_REAL, &raw const every, std::ptr::null_mut()) };
+    let mut kicks = 0;
+    while kicks < 300 {
+        match program.run() {
+            Trap::Interrupted => kicks += 1,
+            Trap::Syscall if program.user.regs.rax == GETPID => {
+                program.user.regs.rax = program.user.regs.r12;
+            }
+            Trap::Syscall if program.user.regs.rax == PTRACE => {
+                program.user.regs.rax = program.user.regs.r13;
+            }
+            trap => panic!("{trap:?} {:x?}", program.user),
+        }
+    }
+    let never = [0; 4];
+    // SAFETY: as above.
+    unsafe { setitimer(ITIMER_REAL, &raw const never, std::ptr::null_mut()) };
+    KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
+    assert!(program.user.regs.rbx > 0);
 }
 
 #[test]
@@ -1068,7 +1272,7 @@ fn hostile_program(dice: &mut Dice) -> Vec<u8> {
 /// Registers as likely to be a guard's address, a selector or a page of the
 /// program as anything else.
 fn hostile_value(dice: &mut Dice) -> u64 {
-    const LIKELY: [u64; 16] = [
+    const LIKELY: [u64; 17] = [
         0,
         3,
         0x10,
@@ -1083,6 +1287,7 @@ fn hostile_value(dice: &mut Dice) -> u64 {
         STACK + PAGE,
         0x7fff_8000_0000,
         0x7fff_8000_1000,
+        0x7fff_8010_3000,
         0x7fff_ffff_ffff,
         0xffff_8000_0000_0000,
     ];
@@ -1107,6 +1312,7 @@ fn no_instruction_harms_the_engine() {
     let programs = setting("DUNE_HOSTILE_PROGRAMS", 200);
     let mut dice = Dice(setting("DUNE_HOSTILE_SEED", 0x5eed));
     let mut program = Program::new(&[0x90; 64]);
+    program.engine.answer_by_itself(true).unwrap();
     KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
     // SAFETY: the handler stores one byte.
     unsafe { signal(SIGALRM, on_alarm) };

@@ -6,6 +6,9 @@
 //! Started with `DUNE_TEST_POLICY` set, this binary is what runs a program: it
 //! does what `dune run` does, by the same library.
 
+#[path = "policy_parts/tricks.rs"]
+mod tricks;
+
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -270,6 +273,39 @@ fn loopback_is_this_machine_only() {
         stderr(&seen).contains("--net full would allow it"),
         "{seen:?}"
     );
+}
+
+/// A policy under which this binary runs, and `more`.
+fn own_rules(more: &str) -> String {
+    let own = std::env::current_exe().unwrap();
+    format!("strict = true\n{more}\n[files]\nro = [{own:?}]\n")
+}
+
+/// Addresses without a family, routes in packets, sockets of two families, sockets that
+/// another thread replaces.
+fn loopback_holds_against_tricks() {
+    let own = std::env::current_exe().unwrap();
+    let policy = own_rules("net = \"loopback\"");
+    let argv = [own.to_str().unwrap(), "tricks-of-net"];
+    let seen = run(Walls::Both, &policy, &argv);
+    let expected = "no-family-send 13\nno-family-bind 13\nroute-option 13\ndevice-option 13\n\
+                    route-message 13\nsource-message 13\nplain-message ok\nsegments 13\n\
+                    after-connect loopback\nother-family ok\nafter-send loopback\nreplaced 0\n";
+    assert_eq!(String::from_utf8_lossy(&seen.stdout), expected, "{seen:?}");
+}
+
+/// Whom a descriptor stands for is asked, and who cannot be asked about is no relative.
+fn signals_stay_in_the_family_against_tricks() {
+    let mut outside = Command::new("sleep").arg("60").spawn().unwrap();
+    let descriptor = tricks::descriptor_of(outside.id());
+    let own = std::env::current_exe().unwrap();
+    let (victim, number) = (outside.id().to_string(), descriptor.to_string());
+    let argv = [own.to_str().unwrap(), "tricks-of-signals", &victim, &number];
+    let seen = run(Walls::Guard, &own_rules(""), &argv);
+    assert_eq!(seen.stdout, b"by-descriptor 1\nblind 1\n", "{seen:?}");
+    assert!(outside.try_wait().unwrap().is_none(), "it is gone");
+    outside.kill().unwrap();
+    outside.wait().unwrap();
 }
 
 /// Runs, applies what the explanations name, and runs again, until it works.
@@ -637,6 +673,14 @@ const ON_HOST: &[(&str, fn())] = &[
         "loopback_is_this_machine_only",
         loopback_is_this_machine_only,
     ),
+    (
+        "loopback_holds_against_tricks",
+        loopback_holds_against_tricks,
+    ),
+    (
+        "signals_stay_in_the_family_against_tricks",
+        signals_stay_in_the_family_against_tricks,
+    ),
     ("explanations_lead_to_success", explanations_lead_to_success),
     ("detours_are_seen_through", detours_are_seen_through),
     ("read_only_is_not_written", read_only_is_not_written),
@@ -679,7 +723,8 @@ on_host_tests! {
     explanations_lead_to_success detours_are_seen_through read_only_is_not_written
     memory_is_limited cpu_time_is_limited the_environment_is_small
     children_are_held_as_well signals_stay_in_the_family races_are_lost threads_and_processes_are_counted
-    without_options_nothing_changes
+    without_options_nothing_changes loopback_holds_against_tricks
+    signals_stay_in_the_family_against_tricks
 }
 
 fn main() -> ExitCode {
@@ -689,6 +734,8 @@ fn main() -> ExitCode {
         plain a_strict_program_writes_nowhere, timeout 100,
         plain a_strict_program_connects_nowhere,
         plain loopback_is_this_machine_only,
+        plain loopback_holds_against_tricks,
+        plain signals_stay_in_the_family_against_tricks,
         plain explanations_lead_to_success, timeout 200,
         plain detours_are_seen_through, timeout 100,
         plain read_only_is_not_written, timeout 100,
@@ -703,5 +750,14 @@ fn main() -> ExitCode {
         ring0 in_guest, timeout 300,
         ring0 in_guest_net, timeout 200,
     };
-    sandbox().unwrap_or_else(|| dune_testing::main(TESTS))
+    if let Some(code) = sandbox() {
+        return code;
+    }
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((name, more)) = words.split_first()
+        && tricks::play(name, more)
+    {
+        return ExitCode::SUCCESS;
+    }
+    dune_testing::main(TESTS)
 }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 
+use super::paper::{TABLES, Table};
 use super::{Row, Section, Versions, figure, number};
 
 const STYLE: &str = "body{font:15px/1.45 sans-serif;margin:2em auto;max-width:80em;color:#222}\
@@ -28,6 +29,14 @@ pub(super) fn page(versions: &Versions, sections: &[Section]) -> Result<String> 
         escape(&versions.rustc),
         escape(&versions.date),
     );
+    for table in TABLES {
+        let _ = writeln!(
+            text,
+            "<li><a href=\"#{}\">{}</a></li>",
+            table.anchor(),
+            escape(&table.heading())
+        );
+    }
     for section in sections {
         let anchor = anchor(section);
         let _ = writeln!(
@@ -37,6 +46,9 @@ pub(super) fn page(versions: &Versions, sections: &[Section]) -> Result<String> 
         );
     }
     text.push_str("</ul>\n");
+    for table in TABLES {
+        write_paper(&mut text, table, sections)?;
+    }
     for section in sections {
         write_section(&mut text, section)?;
     }
@@ -56,15 +68,61 @@ fn title(section: &Section) -> String {
     escape(&format!("{}, {place}", section.name))
 }
 
-fn write_section(text: &mut String, section: &Section) -> Result<()> {
-    let found = &section.found;
-    let machine = &found.machine;
+/// A table of the paper, from each place that has figures for it.
+fn write_paper(text: &mut String, table: &Table, sections: &[Section]) -> Result<()> {
     let _ = write!(
         text,
-        "<section id=\"{}\">\n<h2>{}</h2>\n<p>{}, {} CPU, {} MiB; Linux {}; KVM {}; load {}; \
-         placement {}; {} samples; {}. Unit: {}. Again: <code>{}</code></p>\n",
+        "<section id=\"{}\">\n<h2>{}</h2>\n<p>{}</p>\n",
+        table.anchor(),
+        escape(&table.heading()),
+        escape(table.about),
+    );
+    let mut is_empty = true;
+    for section in sections {
+        let rows = table.rows(section);
+        if rows.is_empty() {
+            continue;
+        }
+        is_empty = false;
+        let _ = writeln!(text, "<h3>{}</h3>", title(section));
+        write_origin(text, section);
+        write_rows(text, section, rows)?;
+    }
+    if is_empty {
+        let _ = writeln!(
+            text,
+            "<p class=\"none\">No figures yet: <code>cargo xtask bench {}</code></p>",
+            escape(table.suite)
+        );
+    }
+    text.push_str("</section>\n");
+    Ok(())
+}
+
+fn write_section(text: &mut String, section: &Section) -> Result<()> {
+    let _ = writeln!(
+        text,
+        "<section id=\"{}\">\n<h2>{}</h2>",
         anchor(section),
         title(section),
+    );
+    write_origin(text, section);
+    write_contenders(text, section);
+    for rows in groups(&section.found.rows) {
+        write_rows(text, section, rows)?;
+    }
+    text.push_str("</section>\n");
+    Ok(())
+}
+
+/// What the figures are of, and how to have them again.
+fn write_origin(text: &mut String, section: &Section) {
+    let found = &section.found;
+    let machine = &found.machine;
+    let _ = writeln!(
+        text,
+        "<p>{}, {} CPU, {} MiB; Linux {}; KVM {}; load {}; placement {}; {} samples; {}. Unit: \
+         {}. Again: <code>{}</code></p>",
         escape(&machine.cpu),
         machine.cpus,
         machine.memory_mib,
@@ -77,23 +135,23 @@ fn write_section(text: &mut String, section: &Section) -> Result<()> {
         escape(&found.unit),
         escape(&section.command()),
     );
-    write_contenders(text, section);
-    for rows in groups(&found.rows) {
-        let columns = section.columns(&rows);
-        write_table(text, section, &rows, &columns);
-        for row in rows {
-            if let Some(svg) = figure::bars(row, &columns)? {
-                let _ = writeln!(
-                    text,
-                    "<figure>{svg}<figcaption>{}: {} ({})</figcaption></figure>",
-                    escape(&row.id),
-                    escape(&row.label),
-                    escape(section.unit_of(row)),
-                );
-            }
+}
+
+/// Rows with the same contenders: a table, and a figure for each.
+fn write_rows(text: &mut String, section: &Section, rows: Vec<&Row>) -> Result<()> {
+    let columns = section.columns(&rows);
+    write_table(text, section, &rows, &columns);
+    for row in rows {
+        if let Some(svg) = figure::bars(row, &columns)? {
+            let _ = writeln!(
+                text,
+                "<figure>{svg}<figcaption>{}: {} ({})</figcaption></figure>",
+                escape(&row.id),
+                escape(&row.label),
+                escape(section.unit_of(row)),
+            );
         }
     }
-    text.push_str("</section>\n");
     Ok(())
 }
 

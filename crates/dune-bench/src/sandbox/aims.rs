@@ -29,6 +29,7 @@ pub(super) fn set(matrix: &mut Matrix) {
     // Where it is the fast one, a placement is held against everybody.
     let natural: Vec<_> = dunes.first().copied().into_iter().collect();
     for row in matrix.rows_mut() {
+        row.clear_aims();
         let aims = match row.id.as_str() {
             "null-call" if is_able(DUNE_GUEST) => answered(row),
             "getppid" if counted && is_able(DUNE_GUEST) => vec![Aim {

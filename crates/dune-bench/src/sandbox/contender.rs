@@ -61,14 +61,14 @@ pub(crate) fn all(dune: Option<&Path>, own: &Path, patience: Duration) -> Vec<Co
         .collect()
 }
 
-/// Every namespace of its own, the host's files.
+/// Every namespace of its own, the host's files, devices of its own.
 const BWRAP: [&str; 8] = [
     "bwrap",
+    "--die-with-parent",
     "--bind",
     "/",
     "/",
-    "--dev-bind",
-    "/dev",
+    "--dev",
     "/dev",
     "--unshare-all",
 ];

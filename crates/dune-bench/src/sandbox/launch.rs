@@ -65,7 +65,11 @@ impl Ended {
 /// Time between two looks at a command whose end is awaited: short beside what it takes.
 const STEP: Duration = Duration::from_millis(5);
 
-/// Runs a command.
+/// How long processes that a command leaves behind may keep its output open.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
+
+/// Runs a command. What is left of its process group at the end, and still has its output, is
+/// ended.
 ///
 /// # Errors
 /// It does not start.
@@ -104,6 +108,14 @@ pub(crate) fn run(mut command: Command, limits: Limits) -> Result<Ended, String>
             None => thread::sleep(STEP),
         }
     };
+    // What a command leaves behind keeps its output open.
+    let patience = Instant::now() + LEFT_BEHIND;
+    while !(stdout.is_finished() && stderr.is_finished()) && Instant::now() < patience {
+        thread::sleep(STEP);
+    }
+    if !(stdout.is_finished() && stderr.is_finished()) {
+        end_group(child.id());
+    }
     Ok(Ended {
         status,
         stdout: stdout.join().unwrap_or_default(),
@@ -124,15 +136,21 @@ fn collect(stream: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Str
     })
 }
 
-/// Ends a command and every process of it that was seen.
-fn end(child: &mut Child, watched: &Watched) {
-    let kill = |pid: i32| {
-        // SAFETY: ends processes of the command, which are ours.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-    };
-    if let Ok(group) = i32::try_from(child.id()) {
+fn kill(pid: i32) {
+    // SAFETY: ends processes of a command, which are ours.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+}
+
+/// Ends the process group of a command.
+fn end_group(leader: u32) {
+    if let Ok(group) = i32::try_from(leader) {
         kill(-group);
     }
+}
+
+/// Ends a command and every process of it that was seen.
+fn end(child: &mut Child, watched: &Watched) {
+    end_group(child.id());
     for (&pid, process) in &watched.seen {
         // The number may be another process's by now.
         if start_time(pid) == Some(process.started)
@@ -231,6 +249,16 @@ mod tests {
             gone()
         }));
         assert!(ended.success().unwrap_err().contains("not done after"));
+    }
+
+    #[test]
+    fn what_a_command_leaves_behind_does_not_hold_it_up() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 50 & echo $!"]);
+        let started = Instant::now();
+        let ended = run(command, Limits::default()).unwrap().success().unwrap();
+        assert!(started.elapsed() < Duration::from_secs(30));
+        assert!(ended.stdout.trim().parse::<u32>().is_ok());
     }
 
     #[test]

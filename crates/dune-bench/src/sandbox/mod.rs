@@ -64,11 +64,15 @@ impl Bench {
     }
 }
 
-/// Measures everything that was chosen.
+/// Measures everything that was chosen. What there is by then is handed to `save` after each group
+/// of rows: a run takes long, and may be ended.
 ///
 /// # Errors
-/// The programs that it needs are not beside this one.
-pub(crate) fn run(choices: &Choices) -> anyhow::Result<Matrix> {
+/// The programs that it needs are not beside this one; those of `save`.
+pub(crate) fn run(
+    choices: &Choices,
+    save: impl Fn(&Matrix) -> anyhow::Result<()>,
+) -> anyhow::Result<Matrix> {
     let clock = Clock::calibrate();
     let machine = Machine::describe(&clock, choices.samples);
     let own = std::env::current_exe().context("find this program's own file")?;
@@ -95,10 +99,16 @@ pub(crate) fn run(choices: &Choices) -> anyhow::Result<Matrix> {
         operations,
     };
     let mut matrix = Matrix::new(machine, clock, contenders);
-    operations::measure(&bench, &mut matrix);
-    commands::measure(&bench, &mut matrix);
-    servers::measure(&bench, &mut matrix);
-    aims::set(&mut matrix);
+    for measure in [
+        operations::measure,
+        commands::measure_starts,
+        commands::measure_work,
+        servers::measure,
+    ] {
+        measure(&bench, &mut matrix);
+        aims::set(&mut matrix);
+        save(&matrix)?;
+    }
     Ok(matrix)
 }
 

@@ -7,7 +7,7 @@ port=$((20000 + $$ % 20000))
 cd "$folder"
 server=
 finish() {
-    if [ -n "$server" ]; then kill "$server" 2>/dev/null || :; wait "$server" 2>/dev/null || :; fi
+    if [ -n "$server" ]; then kill "$server" || :; wait "$server" || :; fi
 }
 trap finish EXIT
 case $kind in

@@ -30,7 +30,7 @@ pub(super) fn measure(
     meter: &Meter,
 ) -> Result<Figure, String> {
     let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-    let mut command = match placement {
+    let command = match placement {
         None => Command::new(&choices.target),
         Some(placement) => {
             let mut command = Command::new(&choices.dune);

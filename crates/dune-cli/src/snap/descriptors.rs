@@ -74,3 +74,27 @@ pub(super) fn close(number: RawFd) {
     // of it holds as its own.
     unsafe { libc::close(number) };
 }
+
+/// Closes what this process was started with, but for the standard three: who
+/// resumes the program does not have it. Everything that this process opened
+/// itself would be closed by `execve`.
+///
+/// # Errors
+///
+/// If `/proc` cannot be read.
+pub(super) fn close_inherited() -> anyhow::Result<()> {
+    let folder = std::fs::read_dir("/proc/self/fd").context("cannot read /proc/self/fd")?;
+    let open: Vec<RawFd> = folder
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|&fd| fd > 2)
+        .collect();
+    for fd in open {
+        // SAFETY: asks for a flag of a descriptor.
+        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+        if flags >= 0 && flags & libc::FD_CLOEXEC == 0 {
+            close(fd);
+        }
+    }
+    Ok(())
+}

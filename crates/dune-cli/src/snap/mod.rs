@@ -67,6 +67,7 @@ pub(crate) struct SnapArgs {
     afl: bool,
 
     /// Run the program to the marker, save it there in this file, and end it.
+    /// It is started with standard input, output and error alone.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["timeout", "resume"])]
     save: Option<PathBuf>,
 
@@ -91,8 +92,8 @@ pub(crate) struct SnapArgs {
     #[arg(long, short)]
     quiet: bool,
 
-    /// Print on standard error how each run ended, as a line of JSON; implies
-    /// --quiet.
+    /// Print on standard error how each run ended, as a line of JSON (with
+    /// --resume alone: how the program ended); implies --quiet.
     #[arg(long, conflicts_with = "afl")]
     json: bool,
 
@@ -232,7 +233,7 @@ pub(crate) fn snap(args: &SnapArgs) -> anyhow::Result<ExitCode> {
             if let Some(limit) = limit {
                 watchdog::start(limit, path.display().to_string(), args.json)?;
             }
-            saved::go_on(command, placement)
+            saved::go_on(command, placement, args.json)
         };
     }
     let command = run::command(&args.command, &args.policy, policy, args.cwd.as_deref());
@@ -265,6 +266,7 @@ fn finish(
     let (engine, observer) = observed::observe(engine, false)?;
     streams::close_again();
     let outcome = command.run(Box::new(engine));
+    watchdog::let_end();
     Ok((observer, outcome))
 }
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::Context;
 use dune_kvm::probe::Placement;
@@ -12,8 +13,8 @@ use dune_sandbox::host::move_fd_high;
 use dune_sandbox::snapshot::{Event, Next, Saved, Service, Stopped};
 use dune_sandbox::{Command, End};
 
-use super::{SnapArgs, finish, marker_text};
-use crate::{DUNE_FAILED, output};
+use super::{SnapArgs, descriptors, finish, marker_text};
+use crate::{DUNE_FAILED, output, report};
 
 /// What became of it.
 type Told = Arc<Mutex<Option<Result<Saved, String>>>>;
@@ -49,6 +50,7 @@ pub(super) fn save(
     command: Command,
     placement: Placement,
 ) -> anyhow::Result<ExitCode> {
+    descriptors::close_inherited()?;
     let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
     let file = move_fd_high(file.into()).context("cannot keep a descriptor; raise `ulimit -n`")?;
     let told = Told::default();
@@ -97,10 +99,22 @@ pub(super) fn saved(path: &Path) -> anyhow::Result<Command> {
 /// # Errors
 ///
 /// What keeps Dune from it, with the remedy.
-pub(super) fn go_on(command: Command, placement: Placement) -> anyhow::Result<ExitCode> {
+pub(super) fn go_on(
+    command: Command,
+    placement: Placement,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
     let (mut observer, outcome) = finish(command, placement)?;
     match outcome {
-        Ok(outcome) => outcome.end.leave(),
+        Ok(outcome) => {
+            if json {
+                let counts = observer.counts();
+                let line = report::line(&outcome, counts, placement, started.elapsed())?;
+                observer.say_plainly(&line);
+            }
+            outcome.end.leave()
+        }
         Err(error) => {
             observer.say(&output::one_line(&output::with_remedy(&error)));
             Ok(ExitCode::from(error.exit_code()))

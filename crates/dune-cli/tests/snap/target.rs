@@ -19,6 +19,7 @@ pub(crate) fn role() -> Option<ExitCode> {
     match std::env::var(ROLE).ok()?.as_str() {
         "marked" => marked(),
         "target" => target(),
+        "saved" => saved(),
         other => panic!("no role {other}"),
     }
 }
@@ -43,6 +44,36 @@ fn marked() -> ! {
     let runs = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
     println!("{runs} {}", line.trim_end());
     std::process::exit(0);
+}
+
+/// Keeps something in every place that a saved program has, and looks at it.
+fn saved() -> ! {
+    let path = std::env::args().nth(1).unwrap();
+    let mut file = std::fs::File::open(path).unwrap();
+    let mut before = [0; 6];
+    file.read_exact(&mut before).unwrap();
+    let on_the_heap: Vec<u64> = (0..100_000).collect();
+    std::env::set_current_dir("/usr").unwrap();
+    let float = std::hint::black_box(1.5_f64);
+    // SAFETY: an option that no kernel knows.
+    unsafe { libc::prctl(0x6475_6e65, 0, 0, 0, 0) };
+    let mut after = String::new();
+    file.read_to_string(&mut after).unwrap();
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    let sum: u64 = on_the_heap.iter().sum();
+    let folder = std::env::current_dir().unwrap();
+    println!(
+        "{} {after} {} {sum} {} {}",
+        String::from_utf8_lossy(&before),
+        line.trim_end(),
+        folder.display(),
+        float * 2.0
+    );
+    // Threads need an id that is right, and handlers one that is called.
+    let thread = std::thread::spawn(move || on_the_heap.len());
+    assert_eq!(thread.join().unwrap(), 100_000);
+    std::process::exit(7);
 }
 
 /// A map of branches, as the compiler's instrumentation fills it.

@@ -1,15 +1,17 @@
 //! Descriptors: keeping the guard's out of the program's reach.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use linux_raw_sys::general::{
-    __NR_close, __NR_close_range, __NR_dup2, __NR_dup3, __NR_fcntl, __NR_prlimit64, F_GETFD,
-    FD_CLOEXEC, RLIMIT_NOFILE,
+    __NR_close, __NR_close_range, __NR_dup2, __NR_dup3, __NR_fcntl, __NR_openat, __NR_prlimit64,
+    __NR_read, AT_FDCWD, F_DUPFD_CLOEXEC, F_GETFD, FD_CLOEXEC, O_CLOEXEC, O_RDONLY, RLIMIT_NOFILE,
 };
 
-use crate::calls::{forward, forward_always, own_mut};
+use crate::calls::{forward, forward_always, own, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
+use crate::program::Program;
 use crate::table::Args;
 
 /// Flags of `close_range` (linux/close_range.h).
@@ -20,6 +22,80 @@ const CLOSE_RANGE_CLOEXEC: u64 = 4;
 pub(crate) fn close(fd: u64) {
     // Nothing can be done about an error, and the descriptor is gone anyway.
     let _ = forward_always(__NR_close, [fd, 0, 0, 0, 0, 0]);
+}
+
+/// A descriptor that no other thread of the program can put something else in the place of.
+pub(crate) struct Held {
+    fd: u64,
+    /// Whose descriptor it is, if it is not the program's own.
+    program: Option<Arc<Program>>,
+}
+
+impl Held {
+    /// The program's own, where nobody could replace it, or it would not matter.
+    pub(crate) fn as_it_is(fd: u64) -> Self {
+        Self { fd, program: None }
+    }
+
+    /// A copy of one of the program's.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`, `EMFILE`.
+    pub(crate) fn copy(program: &Arc<Program>, fd: u64) -> Result<Self, Errno> {
+        Self::make(
+            program,
+            __NR_fcntl,
+            [fd, u64::from(F_DUPFD_CLOEXEC), 0, 0, 0, 0],
+        )
+    }
+
+    /// The file `path`, which ends with a zero, for reading.
+    ///
+    /// # Errors
+    ///
+    /// Those of `open`.
+    pub(crate) fn open(program: &Arc<Program>, path: &str) -> Result<Self, Errno> {
+        debug_assert!(path.ends_with('\0'));
+        let flags = u64::from(O_RDONLY | O_CLOEXEC);
+        let cwd = AT_FDCWD as i64 as u64;
+        Self::make(
+            program,
+            __NR_openat,
+            [cwd, own(path.as_bytes()), flags, 0, 0, 0],
+        )
+    }
+
+    fn make(program: &Arc<Program>, nr: u32, args: Args) -> Result<Self, Errno> {
+        let fd = program.take(|| forward_always(nr, args).map(|fd| fd as RawFd))?;
+        Ok(Self {
+            fd: fd as u64,
+            program: Some(Arc::clone(program)),
+        })
+    }
+
+    pub(crate) fn fd(&self) -> u64 {
+        self.fd
+    }
+
+    /// As many bytes of the file as fit.
+    ///
+    /// # Errors
+    ///
+    /// Those of `read`.
+    pub(crate) fn read<'a>(&self, bytes: &'a mut [u8]) -> Result<&'a [u8], Errno> {
+        let len = bytes.len() as u64;
+        let count = forward_always(__NR_read, [self.fd, own_mut(bytes), len, 0, 0, 0])?;
+        Ok(bytes.get(..count as usize).unwrap_or_default())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(program) = &self.program {
+            program.give_back(self.fd as RawFd, |fd| close(fd as u64));
+        }
+    }
 }
 
 /// Makes the call `NR`, which copies or replaces descriptors, while the guard

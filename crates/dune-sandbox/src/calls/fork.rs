@@ -152,6 +152,7 @@ fn fork_with(
         if let Err(error) = guard.engine.load_xstate(&xstate) {
             leave_process(Err(error));
         }
+        guard.escape_debugger();
         in_child(guard, user, request);
         return Answer::Registers;
     }
@@ -175,7 +176,9 @@ fn fork_with(
     if let Some((read, write)) = pipe {
         program.close_passing(write);
         let (threads, tid) = (&program.threads, guard.tid);
+        guard.away_from_debugger(user, &xstate);
         take_over(&program, &read, || threads.must_leave(tid));
+        guard.back_to_debugger();
         program.close_passing(read);
     }
     Answer::Return(Ok(u64::from(child)))

@@ -137,6 +137,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
             backing,
         },
     );
+    guard.admit_ahead(&memory, range);
     Ok(range.start())
 }
 
@@ -268,6 +269,7 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
             memory.keep(program.pid(), piece)?;
         }
         protect_piece(&mut memory, piece, old, access)?;
+        guard.admit_ahead(&memory, piece);
     }
     Ok(0)
 }
@@ -461,7 +463,11 @@ pub(crate) fn brk(guard: &mut Guard, args: Args) -> SysResult {
     let old_top = heap_end.next_multiple_of(PAGE_SIZE);
     let new_top = wanted.next_multiple_of(PAGE_SIZE);
     let done = if new_top > old_top {
-        grow_heap(&program, memory, old_top, new_top - old_top)
+        let grown = grow_heap(&program, memory, old_top, new_top - old_top);
+        if let (Ok(()), Some(new)) = (grown, PageRange::new(old_top, new_top - old_top)) {
+            guard.admit_ahead(memory, new);
+        }
+        grown
     } else {
         match PageRange::new(new_top, old_top - new_top) {
             Some(tail) => unmap(guard, memory, tail),

@@ -88,12 +88,13 @@ impl Message {
         if header.name != 0 && header.name_len != 0 {
             let len = name_len(header)?;
             let mut name = Address::read(guard, header.name, len)?;
-            guard.may_name(Naming::Reach(fd, "sendmsg"), &mut name)?;
+            guard.may_name(Naming::Send(fd, "sendmsg"), &mut name)?;
             message.name = Some(name);
         }
         if header.control_len != 0 {
             message.control = read_control(guard, header)?;
             message.rights = rights(&message.control)?;
+            guard.may_direct(&kinds(&message.control))?;
         }
         Ok(message)
     }
@@ -197,6 +198,14 @@ fn read_control(guard: &Guard, header: &Header) -> Result<Vec<u8>, Errno> {
     let mut control = vec![0; header.control_len as usize];
     guard.memory().read(header.control, &mut control)?;
     Ok(control)
+}
+
+/// Level and type of each control message, those that are whole.
+fn kinds(control: &[u8]) -> Vec<(u32, u32)> {
+    let messages = ControlMessages(control).map_while(Result::ok);
+    messages
+        .map(|message| (message.level, message.kind))
+        .collect()
 }
 
 /// Looks through control messages to be sent, and returns the descriptors
@@ -313,9 +322,10 @@ impl<'a> Iterator for ControlMessages<'a> {
 
 pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
-    let message = Message::to_send(guard, fd, at)?;
+    let socket = guard.hold_socket(fd)?;
+    let message = Message::to_send(guard, socket.fd(), at)?;
     let header = message.outgoing();
-    let args = [fd, own(&header), flags, 0, 0, 0];
+    let args = [socket.fd(), own(&header), flags, 0, 0, 0];
     let result = send::<2>(guard, __NR_sendmsg, args, &message.rights);
     bounded(guard, fd, SO_SNDTIMEO, result)
 }
@@ -333,10 +343,11 @@ pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
 
 pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, count, flags, ..] = args;
-    let messages = read_many(guard, fd, at, count, Message::to_send)?;
+    let socket = guard.hold_socket(fd)?;
+    let messages = read_many(guard, socket.fd(), at, count, Message::to_send)?;
     let mut headers = counted(&messages, Message::outgoing);
     let many = [
-        fd,
+        socket.fd(),
         own_mut(&mut headers[..]),
         headers.len() as u64,
         flags,

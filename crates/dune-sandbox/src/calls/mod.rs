@@ -50,6 +50,8 @@ pub enum Answer {
     Return(SysResult),
     /// The registers are as they shall be.
     Registers,
+    /// Likewise, and a debugger is to be told of it.
+    Stop,
     /// The program has ended.
     Exit(u8),
     /// The thread has ended.

@@ -5,8 +5,8 @@
 //! with `struct msghdr`, [`crate::calls::sockopt`] the options.
 
 use linux_raw_sys::general::{
-    __NR_accept, __NR_accept4, __NR_bind, __NR_connect, __NR_getsockopt, __NR_ioctl, __NR_listen,
-    __NR_recvfrom, __NR_sendto, __NR_socket, __NR_socketpair,
+    __NR_accept, __NR_accept4, __NR_bind, __NR_connect, __NR_getsockopt, __NR_ioctl, __NR_recvfrom,
+    __NR_sendto, __NR_socket, __NR_socketpair,
 };
 use linux_raw_sys::ioctl::SIOCGIFCONF;
 use linux_raw_sys::net::{
@@ -120,16 +120,16 @@ pub(crate) fn bind(guard: &mut Guard, args: Args) -> SysResult {
 pub(crate) fn connect(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
     let mut address = Address::read(guard, addr, len)?;
-    guard.may_name(Naming::Reach(fd, "connect"), &mut address)?;
+    let socket = guard.hold_socket(fd)?;
+    guard.may_name(Naming::Connect(socket.fd()), &mut address)?;
     forward(
         __NR_connect,
-        [fd, address.pointer(), address.len(), 0, 0, 0],
+        [socket.fd(), address.pointer(), address.len(), 0, 0, 0],
     )
 }
 
 pub(crate) fn listen(guard: &mut Guard, args: Args) -> SysResult {
-    guard.may_listen(args[0])?;
-    forward(__NR_listen, args)
+    guard.listen(args[0], args[1])
 }
 
 /// The data is the program's, checked by the table; without an address it is
@@ -140,7 +140,9 @@ pub(crate) fn sendto(guard: &mut Guard, args: Args) -> SysResult {
         forward(__NR_sendto, [fd, data, count, flags, 0, 0])
     } else {
         let mut address = Address::read(guard, addr, len)?;
-        guard.may_name(Naming::Reach(fd, "sendto"), &mut address)?;
+        let socket = guard.hold_socket(fd)?;
+        let fd = socket.fd();
+        guard.may_name(Naming::Send(fd, "sendto"), &mut address)?;
         let to = [fd, data, count, flags, address.pointer(), address.len()];
         forward(__NR_sendto, to)
     };

@@ -3,16 +3,20 @@
 //! Decisions are made on the guard's copy of an address, which is what the
 //! kernel gets. The kernel chooses an address by itself where the program
 //! names none; under `--net loopback` it must not choose one that other
-//! machines can reach, so the guard chooses first.
+//! machines can reach, so the guard chooses first. What is decided about a socket holds for
+//! the socket that is used then: see [`Guard::hold_socket`].
 
-use linux_raw_sys::general::{__NR_bind, __NR_getsockname};
-use linux_raw_sys::net::{AF_INET, AF_INET6};
+use std::net::IpAddr;
 
+use linux_raw_sys::general::{__NR_bind, __NR_getsockname, __NR_getsockopt, __NR_listen};
+use linux_raw_sys::net::*;
+
+use crate::calls::fd::Held;
 use crate::calls::net::{ADDRESS_MAX, Address};
 use crate::calls::{forward_always, own, own_mut};
 use crate::guard::Guard;
-use crate::host::Errno;
-use crate::policy::net::{Address as Named, UnixName};
+use crate::host::{Errno, SysResult};
+use crate::policy::net::{Address as Named, Purpose, UnixName};
 use crate::policy::uses::Last;
 use crate::policy::{Need, Net, Remedy};
 
@@ -24,8 +28,28 @@ const CWD: u64 = linux_raw_sys::general::AT_FDCWD as i64 as u64;
 pub(crate) enum Naming {
     /// To be the socket's own.
     Bind,
-    /// To reach it from this descriptor, by this call.
-    Reach(u64, &'static str),
+    /// To be the peer of this socket.
+    Connect(u64),
+    /// To get a message from this socket, by this call.
+    Send(u64, &'static str),
+}
+
+impl Naming {
+    fn purpose(self) -> Purpose {
+        match self {
+            Self::Bind => Purpose::Bind,
+            Self::Connect(_) => Purpose::Connect,
+            Self::Send(..) => Purpose::Send,
+        }
+    }
+
+    fn call(self) -> &'static str {
+        match self {
+            Self::Bind => "bind",
+            Self::Connect(_) => "connect",
+            Self::Send(_, call) => call,
+        }
+    }
 }
 
 impl Guard {
@@ -58,13 +82,10 @@ impl Guard {
             return Ok(());
         }
         let named = Named::parse(address.bytes());
-        let call = match naming {
-            Naming::Bind => "bind",
-            Naming::Reach(_, call) => call,
-        };
+        let call = naming.call();
         policy
             .net()
-            .decide_address(&named)
+            .decide_address(naming.purpose(), &named)
             .map_err(|remedy| self.refuse(format!("{call}({named})"), remedy))?;
         match (&named, naming) {
             (Named::Unix(UnixName::Path(path)), Naming::Bind) => {
@@ -73,40 +94,125 @@ impl Guard {
                 let request = |path: &str| format!("bind({path})");
                 self.hold_path(CWD, path, Last::Entry, Need::Entries, &request)?;
             }
-            (Named::Unix(UnixName::Path(path)), Naming::Reach(..)) => {
+            (Named::Unix(UnixName::Path(path)), Naming::Connect(_) | Naming::Send(..)) => {
                 let request = |path: &str| format!("{call}({path})");
                 let held = self.hold_path(CWD, path, Last::Follow, Need::Write, &request)?;
                 address.set_unix_path(&held)?;
             }
-            // `connect` by itself chooses an address of the same side.
-            (Named::Inet(..), Naming::Reach(fd, _))
-                if policy.net() == Net::Loopback && call != "connect" =>
+            (Named::Inet(to, _), Naming::Connect(fd) | Naming::Send(fd, _))
+                if policy.net() == Net::Loopback =>
             {
-                settle_on_loopback(fd, address);
+                // Connecting, a stream gets an address of its peer's side. A datagram socket
+                // gets every one at first, and keeps it if there is no way to the peer.
+                let chooses_well = matches!(naming, Naming::Connect(_)) && !is_datagram(fd);
+                if !chooses_well && !settle_on_loopback(fd, *to) {
+                    let request = format!("{call}({named})");
+                    return Err(self.refuse(request, Remedy::Net(Net::Full)));
+                }
             }
             _ => {}
         }
         Ok(())
     }
 
-    /// Whether a socket may be listened on: one without an address would get
-    /// one that every machine can reach.
+    /// The socket `fd` for a call whose decision depends on what the socket is. A copy of
+    /// the descriptor, where other threads could replace the program's own meanwhile and it
+    /// matters.
+    ///
+    /// # Errors
+    ///
+    /// `ENOBUFS` if there is no descriptor left, `EBADF`.
+    pub(crate) fn hold_socket(&self, fd: u64) -> Result<Held, Errno> {
+        let program = &self.program;
+        if program.policy().net() != Net::Loopback || program.is_single() {
+            return Ok(Held::as_it_is(fd));
+        }
+        Held::copy(program, fd).map_err(|errno| match errno {
+            Errno::EMFILE => Errno::ENOBUFS,
+            other => other,
+        })
+    }
+
+    /// Whether the policy lets the program say how its packets are to travel: by these
+    /// control messages they could reach other machines although their address is this one's.
     ///
     /// # Errors
     ///
     /// `EACCES`.
-    pub(crate) fn may_listen(&self, fd: u64) -> Result<(), Errno> {
-        let net = self.program.policy().net();
-        if net == Net::Full {
+    pub(crate) fn may_direct(&self, messages: &[(u32, u32)]) -> Result<(), Errno> {
+        if self.program.policy().net() == Net::Full {
             return Ok(());
         }
-        match own_name(fd) {
-            Some(named @ Named::Inet(..)) => net
-                .decide_address(&named)
-                .map_err(|remedy| self.refuse(format!("listen({named})"), remedy)),
-            // The kernel says what is wrong with it.
-            _ => Ok(()),
+        let directs = |&&(level, kind): &&(u32, u32)| match level {
+            SOL_IP => !matches!(kind, IP_TOS | IP_TTL),
+            SOL_IPV6 => !matches!(kind, IPV6_TCLASS | IPV6_HOPLIMIT | IPV6_DONTFRAG),
+            SOL_SOCKET => kind == SO_MARK,
+            _ => false,
+        };
+        match messages.iter().find(directs) {
+            None => Ok(()),
+            Some((level, kind)) => {
+                let request = format!("sendmsg(control message {kind} of level {level})");
+                Err(self.refuse(request, Remedy::Net(Net::Full)))
+            }
         }
+    }
+
+    /// As [`Guard::may_direct`], for an option that is to be set.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES`.
+    pub(crate) fn may_set_option(&self, level: u32, name: u32) -> Result<(), Errno> {
+        let directs = match level {
+            SOL_SOCKET => matches!(name, SO_BINDTODEVICE | SO_BINDTOIFINDEX | SO_MARK),
+            SOL_IP => matches!(
+                name,
+                IP_OPTIONS
+                    | IP_RETOPTS
+                    | IP_UNICAST_IF
+                    | IP_MULTICAST_IF
+                    | IP_TRANSPARENT
+                    | IP_FREEBIND
+            ),
+            SOL_IPV6 => matches!(
+                name,
+                IPV6_RTHDR
+                    | IPV6_RTHDRDSTOPTS
+                    | IPV6_HOPOPTS
+                    | IPV6_DSTOPTS
+                    | IPV6_PKTINFO
+                    | IPV6_UNICAST_IF
+                    | IPV6_MULTICAST_IF
+                    | IPV6_TRANSPARENT
+                    | IPV6_FREEBIND
+            ),
+            _ => false,
+        };
+        if !directs || self.program.policy().net() == Net::Full {
+            return Ok(());
+        }
+        let request = format!("setsockopt(option {name} of level {level})");
+        Err(self.refuse(request, Remedy::Net(Net::Full)))
+    }
+
+    /// Listens on a socket, if it may be: one without an address would get
+    /// one that every machine can reach.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES`, or what the kernel says.
+    pub(crate) fn listen(&self, fd: u64, backlog: u64) -> SysResult {
+        let held = self.hold_socket(fd)?;
+        let net = self.program.policy().net();
+        if net != Net::Full
+            && let Some(named @ Named::Inet(..)) = own_name(held.fd())
+        {
+            net.decide_address(Purpose::Bind, &named)
+                .map_err(|remedy| self.refuse(format!("listen({named})"), remedy))?;
+        }
+        // The kernel says what is wrong with any other.
+        forward_always(__NR_listen, [held.fd(), backlog, 0, 0, 0, 0])
     }
 
     fn refuse(&self, request: String, remedy: Remedy) -> Errno {
@@ -123,32 +229,43 @@ fn own_name(fd: u64) -> Option<Named> {
     Some(Named::parse(bytes.get(..len as usize)?))
 }
 
-/// Gives a socket without an address the loopback address of the family that
-/// `to` has, on a port of the kernel's choice. Should another thread bind the
-/// socket at the same moment, its address was decided on as well.
-fn settle_on_loopback(fd: u64, to: &Address) {
-    if !matches!(own_name(fd), Some(Named::Inet(_, 0))) {
-        return;
-    }
-    let mut own_address = [0_u8; 28];
-    let family = u16::from_ne_bytes([to.bytes()[0], to.bytes()[1]]);
-    own_address[..2].copy_from_slice(&family.to_ne_bytes());
-    let len: u64 = match u32::from(family) {
-        // Port zero, then the address that is to be reached, which is a
-        // loopback address: this machine has it.
-        AF_INET => {
-            own_address[4..8].copy_from_slice(&to.bytes()[4..8]);
-            16
-        }
-        AF_INET6 => {
-            own_address[8..24].copy_from_slice(&to.bytes()[8..24]);
-            28
-        }
-        _ => return,
+fn is_datagram(fd: u64) -> bool {
+    let mut kind = 0_u32;
+    let mut len = size_of_val(&kind) as u32;
+    let (level, name) = (u64::from(SOL_SOCKET), u64::from(SO_TYPE));
+    let args = [fd, level, name, own_mut(&mut kind), own_mut(&mut len), 0];
+    // Who knows: the stricter rule.
+    forward_always(__NR_getsockopt, args).is_err() || kind == SOCK_DGRAM
+}
+
+/// Gives a socket without an address the loopback address that is to be reached (this machine
+/// has it), on a port of the kernel's choice. Whether the socket has an address then.
+fn settle_on_loopback(fd: u64, to: IpAddr) -> bool {
+    let Some(Named::Inet(own_ip, 0)) = own_name(fd) else {
+        // It has one, which was decided on; or it is none for this call, as the kernel says.
+        return true;
     };
-    // A stream socket that is being connected may refuse: it gets the address
-    // of its peer's side then anyway.
-    let _ = forward_always(__NR_bind, [fd, own(&own_address), len, 0, 0, 0]);
+    // Family, port zero, then the address; in between, in IPv6, the flow.
+    let mut name = [0_u8; 28];
+    let (family, len) = match (own_ip, to.to_canonical()) {
+        (IpAddr::V4(_), IpAddr::V4(ip)) => {
+            name[4..8].copy_from_slice(&ip.octets());
+            (AF_INET, 16)
+        }
+        (IpAddr::V6(_), IpAddr::V4(ip)) => {
+            name[8..24].copy_from_slice(&ip.to_ipv6_mapped().octets());
+            (AF_INET6, 28)
+        }
+        (_, IpAddr::V6(ip)) => {
+            name[8..24].copy_from_slice(&ip.octets());
+            (AF_INET6, 28)
+        }
+    };
+    name[..2].copy_from_slice(&(family as u16).to_ne_bytes());
+    let bound = forward_always(__NR_bind, [fd, own(&name), len, 0, 0, 0]);
+    // A stream socket that is being connected refuses: it gets the address of its peer's
+    // side by that.
+    bound.is_ok() || !matches!(own_name(fd), Some(Named::Inet(_, 0)))
 }
 
 fn family_name(family: u32) -> String {

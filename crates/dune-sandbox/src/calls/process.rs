@@ -33,6 +33,8 @@ pub(crate) struct Process {
     pub(crate) arguments: (u64, u64),
     /// Where the environment strings lie.
     pub(crate) environment: (u64, u64),
+    /// The auxiliary vector that it was started with.
+    pub(crate) auxv: Vec<u8>,
     /// The limits that bind the program and must not bind the guard.
     pub(crate) limits: Limits,
 }
@@ -43,6 +45,7 @@ impl Process {
             exe: Vec::new(),
             arguments: (0, 0),
             environment: (0, 0),
+            auxv: Vec::new(),
             limits: Limits::of_this_process(),
         }
     }

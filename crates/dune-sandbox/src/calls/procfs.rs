@@ -28,9 +28,9 @@ use std::path::Path;
 use linux_raw_sys::general::{
     __NR_dup3, __NR_fcntl, __NR_lseek, __NR_memfd_create, __NR_openat, __NR_prlimit64, __NR_read,
     __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD, CLONE_FILES, F_ADD_SEALS,
-    F_GETFL, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE, MFD_ALLOW_SEALING, MFD_CLOEXEC,
-    O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY,
-    RLIMIT_FSIZE,
+    F_DUPFD, F_DUPFD_CLOEXEC, F_GETFL, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE,
+    MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOCTTY, O_NOFOLLOW,
+    O_NONBLOCK, O_PATH, O_RDONLY, RLIMIT_FSIZE,
 };
 
 use crate::calls::file::give_up;
@@ -89,9 +89,17 @@ pub(crate) fn replace_exe_link(
 /// reach, and the file is opened through it.
 pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -> SysResult {
     let has = |flag: u32| flags & u64::from(flag) != 0;
-    if guard.program.is_single() || has(O_PATH) {
+    if guard.program.is_single() {
         let opened = open(flags)?;
         return vet(guard, opened, flags);
+    }
+    if has(O_PATH) {
+        let name = HiddenName::take(&guard.program, open(flags)?)?;
+        return match look(guard, name.fd()) {
+            View::Refused => Err(Errno::EACCES),
+            // A name only: see `vet`.
+            View::AsItIs | View::Rendered(_) => name.give(flags),
+        };
     }
     if has(__O_TMPFILE) || has(O_CREAT) && has(O_EXCL) {
         // A new file: never one of those.
@@ -158,6 +166,16 @@ impl<'a> HiddenName<'a> {
         let link = self.link();
         let cwd = AT_FDCWD as i64 as u64;
         forward(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
+    }
+
+    /// Gives the program a descriptor of the same name.
+    fn give(&self, flags: u64) -> SysResult {
+        let command = if flags & u64::from(O_CLOEXEC) != 0 {
+            F_DUPFD_CLOEXEC
+        } else {
+            F_DUPFD
+        };
+        forward_always(__NR_fcntl, [self.fd(), u64::from(command), 0, 0, 0, 0])
     }
 
     /// Reads the file by a thread with descriptors of its own, where nobody

@@ -144,6 +144,7 @@ fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> An
 fn answer_of(resume: Resume) -> Answer {
     match resume {
         Resume::Continue => Answer::Registers,
+        Resume::Stop => Answer::Stop,
         Resume::Exit(status) => Answer::Exit(status),
         Resume::ThreadExit(status) => Answer::ThreadExit(status),
         Resume::Leave => Answer::Leave,
@@ -155,8 +156,10 @@ fn answer_of(resume: Resume) -> Answer {
 /// be told whether it is for the program itself.
 pub(crate) fn pidfd_send_signal(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, signal, info, flags, ..] = args;
+    let target = guard.hold_signal_target(fd)?;
+    let fd = target.fd();
     if info == 0 {
-        return forward(__NR_pidfd_send_signal, args);
+        return forward(__NR_pidfd_send_signal, [fd, signal, 0, flags, 0, 0]);
     }
     let info: SigInfo = guard.memory().read_value(info)?;
     if info.is_fault_of_the_thread() {

@@ -249,11 +249,12 @@ fn is_plain_of_tcp(name: u32) -> bool {
 }
 
 /// The value is the program's memory, checked by the table.
-pub(crate) fn setsockopt(_guard: &mut Guard, args: Args) -> SysResult {
+pub(crate) fn setsockopt(guard: &mut Guard, args: Args) -> SysResult {
     let [_, level, name, _, len, _] = args;
     if !is_plain(level as u32, name as u32) {
         return Err(Errno::ENOPROTOOPT);
     }
+    guard.may_set_option(level as u32, name as u32)?;
     if (len as i32) < 0 {
         return Err(Errno::EINVAL);
     }

@@ -286,6 +286,7 @@ fn live(birth: Birth) {
         let _ = born.send(Err(Errno::EAGAIN));
         return;
     }
+    guard.join_debugger();
     guard.clear_child_tid = request.clear_child_tid();
     let told = |flag: u32, at: u64| {
         if request.has(flag) {

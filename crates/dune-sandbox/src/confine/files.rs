@@ -1,11 +1,11 @@
 //! The wall around files and TCP: Landlock.
 //!
 //! Besides the policy's own rules there is what the guard itself opens while
-//! the program runs: `/dev/kvm` (a forked process needs a VM of its own) and
-//! `/proc` for reading. The guard keeps the program away from both; that a
-//! confined process cannot read another's memory, environment or descriptors
+//! the program runs: `/proc`, for reading. The guard keeps the program away from it;
+//! that a confined process cannot read another's memory, environment or descriptors
 //! through `/proc` is Landlock's doing as well (it refuses `ptrace` access to
-//! whatever is outside).
+//! whatever is outside). `/dev/kvm` is open already: a forked process makes its VM on the
+//! same descriptor.
 
 use std::path::Path;
 
@@ -22,10 +22,7 @@ use crate::policy::{FileAccess, Net, NormalPath, Rules};
 const NEWEST: ABI = ABI::V6;
 
 /// What the guard itself opens.
-const GUARDS_OWN: [(&str, FileAccess); 2] = [
-    (dune_kvm::probe::DEVICE, FileAccess::ReadWrite),
-    ("/proc", FileAccess::ReadOnly),
-];
+const GUARDS_OWN: [(&str, FileAccess); 1] = [("/proc", FileAccess::ReadOnly)];
 
 /// Restricts this thread and what it will make.
 ///

@@ -262,6 +262,17 @@ pub trait Engine {
     /// If there is no memory for page tables or no window can be made.
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError>;
 
+    /// New memory, or memory with new rights, that the program has not touched
+    /// yet and that is not admitted: an engine for which a fault is dearer than
+    /// page table entries may admit it now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::admit`].
+    fn admit_ahead(&mut self, _range: PageRange, _access: Access) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Takes `range` out of ring 3's reach; pages that were never admitted may
     /// be among it. Called *before* the host mappings change, which the caller
     /// does next (see the module documentation).

@@ -5,7 +5,7 @@
 //!   ring 3 of the guest           ring 0 of the guest         the host side
 //!   -------------------           -------------------         -------------
 //!   SYSCALL ------------------->  landing: out  ------------>  Trap::Syscall
-//!     (weak KVM: the landing is at ring 3 too)
+//!     (weak KVM: the landing is at ring 3 too, and has some answers itself)
 //!   page fault, #UD, int3 ----->  vector's stub: out ------->  Trap::PageFault, ...
 //!   <---------------------------  iretq  <-------------------  run
 //!   <--------------------------------------------------------  run (weak KVM, after SYSCALL)
@@ -44,6 +44,7 @@
     reason = "the guard's pages in the guest and the kick byte"
 )]
 
+mod answers;
 mod arenas;
 mod layout;
 mod machine;
@@ -51,7 +52,7 @@ mod machine;
 use core::mem::{ManuallyDrop, offset_of};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::os::fd::RawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -61,14 +62,16 @@ use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
 use dune_x86::trap::vector;
 use kvm_bindings::kvm_regs;
 
+use self::answers::Place;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
-use self::machine::{Exit, KVM_XSAVE_BYTES, Machine, Vm};
+use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
     Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
 };
 use crate::host;
 use crate::range::PageRange;
+use crate::signal::host::thread_id;
 
 const PAGE: u64 = 4096;
 
@@ -104,6 +107,8 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// Whether calls whose answer never changes may be answered unseen.
+    unseen: bool,
 }
 
 /// What the engines of a program's threads share.
@@ -175,6 +180,8 @@ struct Cpu {
     index: CpuIndex,
     stack: NonNull<u8>,
     scratch: NonNull<u8>,
+    /// Where it lands at ring 3.
+    answers: Option<NonNull<u8>>,
     stand: Stand,
     /// The segment bases that the vCPU has.
     bases: (u64, u64),
@@ -184,8 +191,8 @@ struct Cpu {
 unsafe impl Send for Cpu {}
 
 impl Shared {
-    fn new() -> Result<Self, EngineError> {
-        let vm = Vm::new()?;
+    fn new(device: Option<OwnedFd>) -> Result<Self, EngineError> {
+        let vm = Vm::new(device)?;
         let memory = Rc::new(Memory::new(vm.fd(), vm.physical_bits()));
         let handle = Handle(Rc::clone(&memory));
         let tables = PageTable::new(handle.clone(), handle).map_err(|_| no_tables(&memory))?;
@@ -257,6 +264,12 @@ impl Shared {
         );
         let stack = guest.guard_page(index.stack(), PteFlags::RW)?;
         let scratch = guest.guard_page(index.scratch(), PteFlags::RW | PteFlags::USER)?;
+        let answers = match machine.landing() {
+            Landing::Ring0 => None,
+            Landing::Ring3 => {
+                Some(guest.guard_page(index.answers(), PteFlags::RX | PteFlags::USER)?)
+            }
+        };
         // SAFETY: nothing but the guard's pages and the program's memory
         // (`admit`) is ever mapped.
         unsafe { machine.set_up(index, guest.tables.root()) }?;
@@ -269,6 +282,7 @@ impl Shared {
             index,
             stack,
             scratch,
+            answers,
             stand: Stand::Ring3,
             bases: (0, 0),
         })
@@ -279,8 +293,9 @@ impl Shared {
     ///
     /// # Safety
     ///
-    /// This value and everything made by it must be forgotten, not dropped.
-    unsafe fn abandon(&self) {
+    /// This value and everything made by it must be forgotten, not dropped. The device is the
+    /// caller's from then on.
+    unsafe fn abandon(&self) -> OwnedFd {
         let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         for made in made.iter() {
             let (start, len) = made.area;
@@ -288,12 +303,15 @@ impl Shared {
             let _ = unsafe { dune_kvm::sys::unmap(start as *mut u8, len) };
             host::close(made.fd);
         }
-        host::close(self.vm.fd());
+        let [vm, device] = self.vm.fds();
+        host::close(vm);
         // Taken by another thread at the moment of the fork: that thread is not
         // here to give it back, and the memory stays.
         if let Ok(guest) = self.guest.try_lock() {
             guest.memory.unmap_arenas();
         }
+        // SAFETY: its owner is forgotten, as the caller promises.
+        unsafe { OwnedFd::from_raw_fd(device) }
     }
 }
 
@@ -306,7 +324,11 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new()?);
+        Self::on(None)
+    }
+
+    fn on(device: Option<OwnedFd>) -> Result<Self, EngineError> {
+        let shared = Arc::new(Shared::new(device)?);
         let cpu = shared.cpu()?;
         Ok(Self::with(shared, cpu))
     }
@@ -317,6 +339,7 @@ impl OnHost {
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
+            unseen: false,
         }
     }
 
@@ -367,6 +390,10 @@ impl OnHost {
                     // SAFETY: the byte is in the area that the machine owns.
                     let kick = unsafe { self.cpu.machine.kick_byte().as_ref() };
                     interrupted |= kick.swap(0, Ordering::SeqCst) != 0;
+                    if interrupted && let Some(trap) = self.interrupted_answer(user)? {
+                        interrupted = trap != Trap::Interrupted;
+                        break trap;
+                    }
                     if interrupted && self.at_rest_in_ring3()? {
                         interrupted = false;
                         self.store(user);
@@ -416,6 +443,37 @@ impl OnHost {
             return Ok(false);
         }
         Ok(!self.cpu.machine.exception_is_pending()?)
+    }
+
+    /// What a vCPU that stands in a page of answers is on the way to: the guard
+    /// is asked, if nothing is decided yet; otherwise the program goes on
+    /// behind its call, and nothing is left of it but the interruption.
+    fn interrupted_answer(&mut self, user: &mut UserState) -> Result<Option<Trap>, EngineError> {
+        let regs = self.cpu.machine.regs();
+        let Some(place) = layout::offset_in_answers(regs.rip).and_then(answers::place) else {
+            return Ok(None);
+        };
+        if self.cpu.machine.exception_is_pending()? {
+            return Ok(None);
+        }
+        self.store_regs(user, &regs);
+        user.regs.rflags = sanitised(regs.r11);
+        user.regs.rip = regs.rcx;
+        if place == Place::Turned {
+            user.regs.rip = regs.rcx.rotate_right(16) & (LOWER_HALF_END - 1);
+            user.regs.rcx = user.regs.rip;
+        }
+        if !is_lower_half(user.regs.rip) {
+            return Ok(Some(general_protection()));
+        }
+        Ok(Some(match place {
+            Place::Intact | Place::Turned => Trap::Syscall,
+            Place::Answering(answer) => {
+                let (pid, tid) = ids();
+                user.regs.rax = answers::value(answer, pid, tid);
+                Trap::Interrupted
+            }
+        }))
     }
 
     /// Finishes an access that KVM exited for, so that it does not disturb the
@@ -677,9 +735,19 @@ impl Engine for OnHost {
         self.enter(user)
     }
 
-    fn answer_by_itself(&mut self, _may: bool) -> Result<(), EngineError> {
-        // It traps at every call.
-        Ok(())
+    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
+        self.unseen = may;
+        let cpu = &self.cpu;
+        let landing = match cpu.answers {
+            Some(page) if may => {
+                // Of the thread that had the vCPU before, or of nobody.
+                let (pid, tid) = ids();
+                fill(page, &answers::page(cpu.index, pid, tid));
+                cpu.index.answers()
+            }
+            _ => layout::syscall_entry(cpu.machine.landing()),
+        };
+        cpu.machine.land_at(landing)
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
@@ -696,6 +764,15 @@ impl Engine for OnHost {
         Some(Box::new(Used(Arc::clone(&self.shared))))
     }
 
+    fn admit_ahead(&mut self, range: PageRange, access: Access) -> Result<(), EngineError> {
+        // A fault would admit as much. Of what is larger, such as the stack of a
+        // thread, nobody knows where it is touched first.
+        if range.len() > BLOCK {
+            return Ok(());
+        }
+        self.shared.guest().map(range, user_flags(access))
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.shared
             .guest()
@@ -710,11 +787,13 @@ impl Engine for OnHost {
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
-        unsafe { self.shared.abandon() };
-        let new = Self::new();
+        let device = unsafe { self.shared.abandon() };
+        let new = Self::on(Some(device));
         let old = core::mem::replace(self, new?);
+        let unseen = old.unseen;
         core::mem::forget(old);
-        Ok(())
+        // The ids are the child's own.
+        self.answer_by_itself(unseen)
     }
 
     fn xcr0(&self) -> u64 {
@@ -775,7 +854,7 @@ impl Engine for OnHost {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let vcpus = made.iter().map(|made| made.fd);
-        vcpus.chain([self.shared.vm.fd()]).collect()
+        vcpus.chain(self.shared.vm.fds()).collect()
     }
 }
 
@@ -876,6 +955,11 @@ impl Guest {
         flush.ignore(NoFlush::CoveredByLargerFlush);
         Ok(())
     }
+}
+
+/// The process and the thread that this is.
+fn ids() -> (u32, u32) {
+    (std::process::id(), thread_id())
 }
 
 fn fill(page: NonNull<u8>, contents: &[u8; PAGE as usize]) {

@@ -59,15 +59,20 @@ impl Net {
         self.at_least(needed)
     }
 
-    /// Whether the program may send to, connect to or bind to `address`.
+    /// Whether the program may use `address` so.
     ///
     /// # Errors
     ///
     /// With the rule that would allow it.
-    pub fn decide_address(self, address: &Address) -> Result<(), Remedy> {
+    pub fn decide_address(self, purpose: Purpose, address: &Address) -> Result<(), Remedy> {
         let needed = match address {
-            // Connecting to none takes an address away.
-            Address::Unspecified => Self::None,
+            Address::Missing => Self::None,
+            // Connecting to none takes an address away. For everything else IPv4 sockets
+            // read an address of their own family there.
+            Address::Unspecified => match purpose {
+                Purpose::Connect => Self::None,
+                Purpose::Bind | Purpose::Send => Self::Full,
+            },
             // An abstract name is everybody's on this machine.
             Address::Unix(UnixName::Abstract(_)) => Self::Loopback,
             Address::Unix(UnixName::Unnamed | UnixName::Path(_)) => Self::None,
@@ -86,10 +91,23 @@ impl Net {
     }
 }
 
+/// What an address is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be the socket's own.
+    Bind,
+    /// To be the socket's peer.
+    Connect,
+    /// To get one message.
+    Send,
+}
+
 /// What a `sockaddr` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// `AF_UNSPEC`, or no address at all.
+    /// Too short for a family: none.
+    Missing,
+    /// `AF_UNSPEC`.
     Unspecified,
     /// IPv4 or IPv6, and the port.
     Inet(IpAddr, u16),
@@ -117,7 +135,7 @@ impl Address {
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Self {
         let Some((family, rest)) = bytes.split_first_chunk::<2>() else {
-            return Self::Unspecified;
+            return Self::Missing;
         };
         let family = u16::from_ne_bytes(*family);
         let port = || {
@@ -152,7 +170,7 @@ impl Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unspecified => f.write_str("no address"),
+            Self::Missing | Self::Unspecified => f.write_str("no address"),
             Self::Inet(IpAddr::V4(ip), port) => write!(f, "{ip}:{port}"),
             Self::Inet(IpAddr::V6(ip), port) => write!(f, "[{ip}]:{port}"),
             Self::Unix(UnixName::Unnamed) => f.write_str("unix"),
@@ -216,20 +234,37 @@ mod tests {
             (inet6(Ipv6Addr::UNSPECIFIED, 80), Net::Full),
             (unix(b"/run/x\0"), Net::None),
             (unix(b"\0name"), Net::Loopback),
-            (vec![0, 0], Net::None),
+            (vec![], Net::None),
             (vec![16, 0, 0, 0], Net::Full),
             (inet([127, 0, 0, 1], 80)[..5].to_vec(), Net::Full),
         ] {
             let address = Address::parse(&bytes);
-            for net in Net::ALL {
-                let expected = if net >= needed {
-                    Ok(())
-                } else {
-                    Err(Remedy::Net(needed))
-                };
-                assert_eq!(net.decide_address(&address), expected, "{net:?} {address}");
+            for purpose in [Purpose::Bind, Purpose::Connect, Purpose::Send] {
+                check(purpose, &address, needed);
             }
         }
+    }
+
+    fn check(purpose: Purpose, address: &Address, needed: Net) {
+        for net in Net::ALL {
+            let expected = if net >= needed {
+                Ok(())
+            } else {
+                Err(Remedy::Net(needed))
+            };
+            let decided = net.decide_address(purpose, address);
+            assert_eq!(decided, expected, "{net:?} {purpose:?} {address}");
+        }
+    }
+
+    #[test]
+    fn an_address_without_a_family_is_none_for_connect_alone() {
+        let mut hidden = inet([8, 8, 8, 8], 53);
+        hidden[..2].fill(0);
+        let address = Address::parse(&hidden);
+        check(Purpose::Connect, &address, Net::None);
+        check(Purpose::Send, &address, Net::Full);
+        check(Purpose::Bind, &address, Net::Full);
     }
 
     #[test]
@@ -269,15 +304,15 @@ mod tests {
         #[test]
         fn loopback_lets_nothing_out(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
             let address = Address::parse(&bytes);
-            if Net::Loopback.decide_address(&address).is_ok() {
+            if Net::Loopback.decide_address(Purpose::Send, &address).is_ok() {
                 let inside = match &address {
                     Address::Inet(ip, _) => ip.to_canonical().is_loopback(),
-                    Address::Unspecified | Address::Unix(_) => true,
-                    Address::Other(_) => false,
+                    Address::Missing | Address::Unix(_) => true,
+                    Address::Unspecified | Address::Other(_) => false,
                 };
                 prop_assert!(inside, "{}", address);
             }
-            prop_assert_eq!(Net::Full.decide_address(&address), Ok(()));
+            prop_assert_eq!(Net::Full.decide_address(Purpose::Send, &address), Ok(()));
         }
     }
 }

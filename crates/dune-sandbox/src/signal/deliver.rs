@@ -17,7 +17,7 @@ use crate::table::Restart;
 const FLAGS_CLEARED: u64 = (1 << 8) | (1 << 10) | (1 << 16);
 
 /// Bytes of the `SYSCALL` instruction.
-const SYSCALL_LEN: u64 = 2;
+pub(crate) const SYSCALL_LEN: u64 = 2;
 
 /// `si_code` values of faults (asm-generic/siginfo.h).
 mod code {
@@ -63,6 +63,19 @@ impl Guard {
             }
             return Resume::Continue;
         };
+        match self.stop_for_signal(user, info, interrupted) {
+            Some(stop) => stop,
+            None => self.deliver_now(user, info, interrupted),
+        }
+    }
+
+    /// Delivers `info`, which may have interrupted a system call.
+    pub(crate) fn deliver_now(
+        &mut self,
+        user: &mut UserState,
+        info: SigInfo,
+        interrupted: Option<Interrupted>,
+    ) -> Resume {
         self.trace_signal(&info);
         let signal = info.signal();
         let action = self.program.dispositions().action(signal);
@@ -111,6 +124,19 @@ impl Guard {
 
     /// Sends the program the signal that its own instruction caused.
     pub(crate) fn deliver_fault(
+        &mut self,
+        user: &mut UserState,
+        info: SigInfo,
+        fault: FaultContext,
+    ) -> Resume {
+        match self.stop_for_fault(info, fault) {
+            Some(stop) => stop,
+            None => self.deliver_fault_now(user, info, fault),
+        }
+    }
+
+    /// As [`Guard::deliver_fault`], whoever debugs the program.
+    pub(crate) fn deliver_fault_now(
         &mut self,
         user: &mut UserState,
         info: SigInfo,
@@ -260,7 +286,7 @@ impl Guard {
 }
 
 /// Lets the program make the call again.
-fn rewind(user: &mut UserState, interrupted: &Interrupted) {
+pub(crate) fn rewind(user: &mut UserState, interrupted: &Interrupted) {
     user.regs.rip = user.regs.rip.wrapping_sub(SYSCALL_LEN);
     user.regs.rax = interrupted.rax;
 }

@@ -6,7 +6,7 @@
 )]
 
 use core::arch::naked_asm;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU8, Ordering};
 
 use linux_raw_sys::general::{
     __NR_exit_group, __NR_getpid, __NR_gettid, __NR_prlimit64, __NR_rt_sigaction,
@@ -42,21 +42,33 @@ pub(crate) fn disposition(signal: u32) -> Option<Action> {
         .map(|_| old)
 }
 
-/// Whether fatal signals are the guard's to see.
-static RECORDS_FATAL: AtomicBool = AtomicBool::new(false);
+/// Which signals the guard notes that the program has no handler for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Noted {
+    /// None: the host acts on them.
+    Handled,
+    /// Those whose default action is to end the process, except those by which
+    /// people end programs.
+    Fatal,
+    /// All whose default action is to end the process and that can be caught.
+    AllFatal,
+}
 
-/// From now on signals whose default action is to end the process are noted as
-/// those with a handler are, except those by which people end programs.
-pub(crate) fn record_fatal_signals() {
-    RECORDS_FATAL.store(true, Ordering::Relaxed);
+/// A [`Noted`].
+static NOTED: AtomicU8 = AtomicU8::new(Noted::Handled as u8);
+
+/// From now on these signals are noted, as soon as they are installed again.
+pub(crate) fn note(which: Noted) {
+    NOTED.store(which as u8, Ordering::Relaxed);
 }
 
 /// Whether the guard sees to the default action of `signal`.
 fn records_default(signal: u32) -> bool {
-    let by_people = matches!(signal, SIGHUP | SIGINT | SIGQUIT | SIGTERM | SIGKILL);
-    RECORDS_FATAL.load(Ordering::Relaxed)
-        && !by_people
-        && default_action(signal) == DefaultAction::Terminate
+    let by_people = matches!(signal, SIGHUP | SIGINT | SIGQUIT | SIGTERM);
+    let noted = NOTED.load(Ordering::Relaxed);
+    let is_noted = noted == Noted::AllFatal as u8 || noted == Noted::Fatal as u8 && !by_people;
+    is_noted && signal != SIGKILL && default_action(signal) == DefaultAction::Terminate
 }
 
 /// Gives `signal` its default action.
@@ -251,8 +263,11 @@ pub(crate) fn die_of(signal: u32) {
 }
 
 /// Forbids core dumps of this process: they would hold the guard.
+///
+/// One byte, not none: where dumps go to a program, the kernel does not look at the limit but
+/// for this value, with which it refuses (core(5)); and into one byte no file fits.
 pub(crate) fn forbid_core_dumps() {
-    let none = [0_u64; 2];
+    let none = [1_u64; 2];
     let new = (&raw const none).expose_provenance() as u64;
     // SAFETY: the kernel reads one rlimit64.
     let _ = unsafe { syscall(__NR_prlimit64, [0, u64::from(RLIMIT_CORE), new, 0, 0, 0]) };

@@ -115,6 +115,11 @@ pub(crate) fn take_kick() -> bool {
     })
 }
 
+/// Has this thread look up before it runs ring 3 again, as if it were kicked.
+pub(crate) fn kick_self() {
+    RECORD.with(|record| record.pending.fetch_or(KICKED, Ordering::AcqRel));
+}
+
 /// Forgets what was noted: in the child of a `fork`, it was the parent's.
 pub(crate) fn forget() {
     RECORD.with(|record| record.pending.store(0, Ordering::Release));

@@ -594,7 +594,7 @@ impl Guard {
             served.set_breakpoint(Breakpoint::set(self, path, entry, name)?);
         }
         let dispositions = program.dispositions();
-        host::record_fatal_signals();
+        host::note(host::Noted::Fatal);
         for signal in 1..=SIGNALS {
             let action = dispositions.action(signal);
             if action.disposition() == Disposition::Default {

@@ -18,6 +18,7 @@ use super::Scenario;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     ("a_tree_of_forks", a_tree_of_forks),
     ("fork_copies_memory", fork_copies_memory),
+    ("fork_without_rights", fork_without_rights),
     ("fork_beside_threads", fork_beside_threads),
     ("threads_in_a_child", threads_in_a_child),
     ("vfork_shares_memory", vfork_shares_memory),
@@ -101,6 +102,29 @@ fn fork_copies_memory() {
 
 /// The allocator and the guard's locks are whole in a child, whatever the other
 /// threads were doing.
+/// Who may open nothing any more can still fork.
+fn fork_without_rights() {
+    const NOBODY: u32 = 65_534;
+    // SAFETY: takes nothing.
+    if unsafe { libc::geteuid() } == 0 {
+        // SAFETY: numbers.
+        let given_up = unsafe {
+            libc::setgroups(0, ptr::null()) == 0
+                && libc::setgid(NOBODY) == 0
+                && libc::setuid(NOBODY) == 0
+        };
+        assert!(given_up);
+    }
+    let grandchild = || match fork() {
+        0 => end(7),
+        child => end(wait_for(child) >> 8),
+    };
+    match fork() {
+        0 => grandchild(),
+        child => println!("status: {}", wait_for(child) >> 8),
+    }
+}
+
 fn fork_beside_threads() {
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let threads: Vec<_> = (0..3)
@@ -457,10 +481,12 @@ fn bash_pipes() {
     );
 }
 
+/// A child that is killed before it has become another program is still a shell, whose trap may
+/// run: hence the waits.
 fn bash_jobs_and_traps() {
     shell(
         "{ trap 'echo usr1' USR1; trap 'echo bye' EXIT; kill -USR1 $$; sleep 0.05 & wait $!; echo $?; \
-         sleep 5 & p=$!; kill $p; wait $p; echo $?; set -m; sleep 0.05 & wait %1; echo $?; \
+         sleep 5 & p=$!; sleep 0.1; kill $p; wait $p; echo $?; set -m; sleep 0.05 & wait %1; echo $?; \
          (trap 'echo term; exit 9' TERM; while :; do sleep 0.02; done) & p=$!; sleep 0.1; kill $p; wait $p; echo $?; } 2>/dev/null",
     );
 }

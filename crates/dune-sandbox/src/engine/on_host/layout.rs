@@ -10,7 +10,7 @@
 //!  task          +0x0000    ring 0: r--     TSS with the I/O permission bitmap
 //!  stack         +0x1000    ring 0: rw-     where exceptions push their frames
 //!  scratch       +0x2000    ring 3: rw-     the extended state on its way in or out
-//!                +0x3000                    nothing
+//!  answers       +0x3000    ring 3: r-x     system calls answered at ring 3 (weak KVM)
 //! ```
 //!
 //! All of them lie above [`USER_HI`](crate::range::USER_HI), so that no area of
@@ -18,7 +18,8 @@
 //!
 //! # What ring 3 can do with them
 //!
-//! It can read and run `USER_CODE`, and write each `scratch`; nothing else.
+//! It can read and run `USER_CODE` and each `answers`, and write each `scratch`;
+//! nothing else.
 //!
 //! * The landing is one `out`. Jumping there makes a system call from an
 //!   address that the program chose (`rcx`): nothing that `SYSCALL` at that
@@ -31,6 +32,8 @@
 //! * `scratch` holds nothing but the program's own extended state, and the
 //!   engine believes nothing that it finds there. Another thread can spoil it
 //!   on its way, which is its program's own loss.
+//! * `answers` touches no memory and tells ids that the program may ask for
+//!   (module `answers`).
 
 #![expect(unsafe_code, reason = "descriptors as bytes")]
 
@@ -75,6 +78,11 @@ impl CpuIndex {
     /// Room for the extended state.
     pub(super) const fn scratch(self) -> u64 {
         self.task() + 2 * PAGE
+    }
+
+    /// Code that answers system calls at ring 3.
+    pub(super) const fn answers(self) -> u64 {
+        self.task() + 3 * PAGE
     }
 
     /// The stack's top: 16-byte aligned, as the CPU aligns it anyway.
@@ -208,6 +216,15 @@ pub(super) const fn is_user_code(rip: u64) -> bool {
     USER_CODE <= rip && rip < USER_CODE + PAGE
 }
 
+/// How far `rip` lies into the page of answers of some vCPU.
+pub(super) const fn offset_in_answers(rip: u64) -> Option<u64> {
+    let offset = rip.wrapping_sub(CPUS);
+    if offset / CPU_STRIDE >= MOST_CPUS as u64 || offset % CPU_STRIDE < 3 * PAGE {
+        return None;
+    }
+    Some(offset % PAGE)
+}
+
 /// Contents of [`USER_CODE`].
 pub(super) fn user_code() -> [u8; PAGE as usize] {
     let mut page = [0xcc; PAGE as usize];
@@ -322,6 +339,19 @@ mod tests {
         }
         assert_eq!(stub_at(RING3_LANDING, Landing::Ring0), None);
         assert_eq!(stub_at(RING0_LANDING, Landing::Ring3), None);
+    }
+
+    #[test]
+    fn pages_of_answers_are_told_from_everything_else() {
+        for cpu in [CpuIndex(0), CpuIndex(1), CpuIndex(MOST_CPUS - 1)] {
+            assert_eq!(offset_in_answers(cpu.answers()), Some(0));
+            assert_eq!(offset_in_answers(cpu.answers() + 0xfff), Some(0xfff));
+            assert_eq!(offset_in_answers(cpu.answers() - 1), None);
+            assert_eq!(offset_in_answers(cpu.task()), None);
+        }
+        assert_eq!(offset_in_answers(CpuIndex(MOST_CPUS).answers()), None);
+        assert_eq!(offset_in_answers(USER_CODE), None);
+        assert_eq!(offset_in_answers(0x40_0000), None);
     }
 
     #[test]

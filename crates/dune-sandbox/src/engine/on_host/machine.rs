@@ -14,6 +14,7 @@ use dune_x86::descriptors::{STAR, SYSCALL_FLAG_MASK, TSS_SELECTOR, USER_CS, USER
 use dune_x86::regs;
 use kvm_bindings as kvm;
 
+use super::answers;
 use super::layout::{self, CpuIndex};
 use crate::engine::EngineError;
 use crate::host::move_fd_high;
@@ -72,6 +73,9 @@ pub(super) struct XState {
 #[derive(Debug)]
 pub(super) struct Vm {
     vm: OwnedFd,
+    /// `/dev/kvm`. Kept for the VMs of forked processes: the program may give up the right
+    /// to open it.
+    device: OwnedFd,
     run_len: usize,
     landing: Landing,
     features: probe::Features,
@@ -79,7 +83,8 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new() -> Result<Self, EngineError> {
+    /// On the device that another VM was made on, if there is one.
+    pub(super) fn new(device: Option<OwnedFd>) -> Result<Self, EngineError> {
         let report = probe::probe();
         let landing = match &report.kvm {
             Kvm::Weak { measurements, .. } if measurements.syscall_cpl == Some(3) => Landing::Ring3,
@@ -94,15 +99,11 @@ impl Vm {
         let (Some(_), Some(features)) = (&report.cpuid, report.features()) else {
             return Err(no_cpuid());
         };
-        let device = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(DEVICE)
-            .map_err(|source| EngineError::Kvm {
-                what: "to open /dev/kvm",
-                source,
-            })?;
-        let device = device.as_raw_fd();
+        let kept = match device {
+            Some(device) => device,
+            None => open_device()?,
+        };
+        let device = kept.as_raw_fd();
         let cap = kvm::KVM_CAP_SYNC_REGS as usize;
         let sync = plain(
             device,
@@ -129,11 +130,17 @@ impl Vm {
         let run_len = plain(device, "KVM_GET_VCPU_MMAP_SIZE", request, 0)?;
         Ok(Self {
             vm,
+            device: kept,
             run_len,
             landing,
             features,
             xstate: XState::of_this_cpu(features.xcr0_mask),
         })
+    }
+
+    /// What the program must neither use nor close.
+    pub(super) fn fds(&self) -> [RawFd; 2] {
+        [self.vm.as_raw_fd(), self.device.as_raw_fd()]
     }
 
     /// The descriptor, for memory slots.
@@ -248,7 +255,13 @@ impl Machine {
         self.set_msrs(&[
             (regs::MSR_STAR, STAR),
             (regs::MSR_LSTAR, layout::syscall_entry(self.landing)),
-            (regs::MSR_FMASK, SYSCALL_FLAG_MASK),
+            (
+                regs::MSR_FMASK,
+                match self.landing {
+                    Landing::Ring0 => SYSCALL_FLAG_MASK,
+                    Landing::Ring3 => answers::FLAG_MASK,
+                },
+            ),
             (regs::MSR_PAT, regs::PAT_LINUX),
         ])?;
         if self.features.xcr0_mask != 0 {
@@ -288,6 +301,11 @@ impl Machine {
         // SAFETY: the area is mapped, and KVM reads it in KVM_RUN only.
         unsafe { (*run).kvm_valid_regs = SYNCED };
         Ok(())
+    }
+
+    /// Where system calls land from here on.
+    pub(super) fn land_at(&self, address: u64) -> Result<(), EngineError> {
+        self.set_msrs(&[(regs::MSR_LSTAR, address)])
     }
 
     pub(super) fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), EngineError> {
@@ -556,6 +574,14 @@ fn plain(
 }
 
 /// A request that makes a descriptor, which is moved out of the program's way.
+fn open_device() -> Result<OwnedFd, EngineError> {
+    let what = "to open /dev/kvm";
+    let mut options = std::fs::File::options();
+    let device = options.read(true).write(true).open(DEVICE);
+    let device = device.and_then(|device| move_fd_high(device.into()));
+    device.map_err(|source| EngineError::Kvm { what, source })
+}
+
 fn create(
     fd: RawFd,
     what: &'static str,
