@@ -103,8 +103,20 @@ impl Memory {
         set_aside(&mut layers, &self.areas, range)
     }
 
-    /// Before the program gains the right to write to `range`, or discards what
-    /// is there: keeps what a snapshot needs. `self` is locked exclusively.
+    /// Before the program gains the right to write to `range`: keeps what a
+    /// snapshot needs if calls wait that may write there. `self` is locked
+    /// exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said.
+    pub(crate) fn keep_promised(&self, pid: u32, range: PageRange) -> Result<(), Errno> {
+        self.with_top(|top| top.keep_promised(&self.areas, pid, range))
+            .unwrap_or(Ok(()))
+    }
+
+    /// Before the program discards what is in `range`: keeps what a snapshot
+    /// needs. `self` is locked exclusively.
     ///
     /// # Errors
     ///

@@ -265,8 +265,7 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
         }
         guard.revoke(piece)?;
         if !program.is_single() && !old.contains(Access::WRITE) && access.contains(Access::WRITE) {
-            // Calls of other threads that wait may write there from now on.
-            memory.keep(program.pid(), piece)?;
+            memory.keep_promised(program.pid(), piece)?;
         }
         protect_piece(&mut memory, piece, old, access)?;
         guard.admit_ahead(&memory, piece);

@@ -19,8 +19,9 @@
 //!
 //! What a call of the program may write to is saved before the host kernel gets
 //! the call, as far as the program can write there itself, for so far the kernel
-//! can. While the call waits, another thread may give the program more rights:
-//! `mprotect` saves what becomes writable by it, if there are other threads.
+//! can. While the call waits, another thread may give the program more rights.
+//! So the rest of what it may write to is remembered (`promised`), and saved by
+//! the `mprotect` that makes it writable, if there are other threads.
 //!
 //! # Why not the dirty bits
 //!
@@ -70,6 +71,10 @@ const COLD: u8 = 2;
 /// into the program's part.
 const MOST_ASIDE: u64 = (ADDRESSES_END - USER_HI) / 2;
 
+/// Ranges that are promised, one by one; if there are more, also what lies between
+/// them.
+const MOST_PROMISED: usize = 1024;
+
 /// First address that no process has, with four levels of page tables.
 const ADDRESSES_END: u64 = 1 << 47;
 
@@ -85,6 +90,8 @@ pub(crate) struct Layer {
     intact: Ranges,
     /// Contents of the pages that may have been written since, by address.
     saved: BTreeMap<u64, Saved>,
+    /// Pages that calls may write to, but for the right to do so.
+    promised: Ranges,
     /// Mappings of the snapshot that the program has given up since.
     aside: Vec<Aside>,
     /// Bytes in `aside`.
@@ -142,6 +149,7 @@ impl Layer {
             seen: memory.areas.changes(),
             intact,
             saved: BTreeMap::new(),
+            promised: Ranges::default(),
             aside: Vec::new(),
             aside_bytes: 0,
             returns: 0,
@@ -149,21 +157,46 @@ impl Layer {
     }
 
     /// Saves the pages of `range` that are the snapshot's, before somebody
-    /// writes to them. Where the program cannot write, nobody does.
+    /// writes to them. Where the program cannot write, nobody does, yet.
     pub(crate) fn note(&mut self, now: &Areas, pid: u32, range: PageRange) {
         for area in now.overlapping(range) {
-            if let Some(part) = area.range.intersect(range)
-                && is_tracked(&area.attributes)
-                && effective(area.attributes.access).contains(Access::WRITE)
-            {
-                self.save_all(pid, part, is_direct(&area.attributes));
+            let Some(part) = area.range.intersect(range) else {
+                continue;
+            };
+            if !is_tracked(&area.attributes) {
+                continue;
             }
+            if area.attributes.access.contains(Access::WRITE) {
+                self.save_all(pid, part, is_direct(&area.attributes));
+            } else {
+                self.promised.insert(part);
+            }
+        }
+        if self.promised.len() > MOST_PROMISED {
+            self.promised.fill_gaps();
         }
     }
 
-    /// As [`Layer::note`], whatever rights the program has: before it gains the
-    /// right to write, or before contents are discarded. The caller holds the
-    /// memory's lock exclusively.
+    /// Saves what calls that wait may write to in `range`, before the program
+    /// gains the right. Otherwise as [`Layer::keep`].
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub(crate) fn keep_promised(
+        &mut self,
+        now: &Areas,
+        pid: u32,
+        range: PageRange,
+    ) -> Result<(), Errno> {
+        for part in self.promised.parts_of(range) {
+            self.keep(now, pid, part)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Layer::note`], whatever rights the program has, before contents are
+    /// discarded. The caller holds the memory's lock exclusively.
     ///
     /// # Errors
     ///
@@ -473,6 +506,8 @@ fn restore_layer(
         Vec::new()
     };
     layer.returns += 1;
+    // No call waits any more.
+    layer.promised = Ranges::default();
     let mut pages = 0;
     let pid = guard.pid();
     // Where nothing was mapped anew, nothing was opened either.

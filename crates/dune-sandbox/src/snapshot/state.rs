@@ -103,7 +103,7 @@ impl State {
     }
 
     /// Gives the program all of it back. Host calls are made for what `watch`
-    /// names, and one to look for signals that wait: those come from anywhere.
+    /// names, and where signals may wait: those come from anywhere.
     pub(crate) fn restore(
         &self,
         guard: &mut Guard,
@@ -125,7 +125,10 @@ impl State {
             .engine
             .load_xstate(&self.xstate)
             .map_err(StateError::Engine)?;
-        forget_signals(pending() & !self.pending);
+        // Only what is blocked waits.
+        if guard.signals.mask != 0 || guard.all_blocked {
+            forget_signals(pending() & !self.pending);
+        }
         let disturbed = record::is_disturbed();
         // What the run that ended was about to be told.
         if record::take().is_some() {
