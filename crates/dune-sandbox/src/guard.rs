@@ -488,6 +488,9 @@ impl Guard {
             return;
         }
         let what = memory.admissible(self.pid(), range.start(), area, Access::READ);
+        let Ok(what) = what else {
+            return;
+        };
         if let Some(range) = what.range.intersect(range)
             && let Err(error) = self.engine.admit_ahead(range, what.access)
         {
