@@ -34,9 +34,10 @@ use crate::signal::deliver::{
 };
 use crate::signal::host::{self, thread_id};
 use crate::signal::{
-    DefaultAction, Disposition, Dispositions, SIGNALS, ThreadSignals, bit, default_action, record,
+    DefaultAction, Disposition, Dispositions, SIGKILL, SIGNALS, ThreadSignals, bit, default_action,
+    record,
 };
-use crate::snapshot::{Ending, Next};
+use crate::snapshot::{Ending, Next, Served};
 use crate::table::{self, Args, Call, Handling, Restart};
 use crate::threads::{Finish, Wake};
 use crate::user::UserMemory;
@@ -199,7 +200,8 @@ impl Guard {
             self.release_child_tid();
             let program = Arc::clone(&self.program);
             program.threads.leave(self.tid, self.status);
-            let wake = program.threads.wait_as_leader(self.tid);
+            let interrupted = || program.served().is_some_and(Served::take_interrupt);
+            let wake = program.threads.wait_as_leader(self.tid, interrupted);
             let ended = match &wake {
                 Wake::RunEnded(ending) => Some(*ending),
                 // All threads are gone, one by one.
@@ -209,8 +211,6 @@ impl Guard {
                 _ => None,
             };
             if let Some(ending) = ended {
-                // The leader had left: the next run has it again.
-                let _ = program.threads.join(self.tid);
                 self.join_debugger();
                 self.all_blocked = true;
                 match self.run_ended(ending, user) {
@@ -235,6 +235,10 @@ impl Guard {
                     self.clear_child_tid = 0;
                     if let Err(error) = self.engine.reset_xstate() {
                         program.threads.end(self.tid, Err(error));
+                    }
+                    if program.served().is_some() {
+                        // It may have been interrupted while nobody looked.
+                        host::kick(self.pid(), self.tid);
                     }
                     host::set_mask(self.signals.mask);
                     let _ = self.note_exec();
@@ -493,6 +497,9 @@ impl Guard {
             return;
         }
         let what = memory.admissible(self.pid(), range.start(), area, Access::READ);
+        let Ok(what) = what else {
+            return;
+        };
         if let Some(range) = what.range.intersect(range)
             && let Err(error) = self.engine.admit_ahead(range, what.access)
         {
@@ -647,7 +654,10 @@ impl Guard {
                 }
                 if access.contains(needed) {
                     let pid = program.pid();
-                    let what = memory.admissible(pid, addr, area, needed);
+                    let Ok(what) = memory.admissible(pid, addr, area, needed) else {
+                        // As where Linux has no memory left for a page.
+                        return Resume::Killed(SIGKILL);
+                    };
                     if let Err(error) = self.engine.admit(addr, what.range, what.access) {
                         self.engine_failed(error);
                     }

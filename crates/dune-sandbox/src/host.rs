@@ -9,6 +9,7 @@
 
 use core::arch::asm;
 use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::{errno, general};
@@ -176,10 +177,21 @@ pub(crate) fn close(fd: RawFd) {
 const SPARE: u64 = 64;
 const MOST_DESCRIPTORS: u64 = 8192;
 
+/// Numbers below this are the program's, whatever its limit is.
+static FLOOR: AtomicU64 = AtomicU64::new(0);
+
+/// From now on no descriptor of the guard is put below `number`: those that the
+/// program has there now are given back to it under the same numbers, whatever
+/// it does to them and to its limit meanwhile.
+pub(crate) fn keep_free_below(number: RawFd) {
+    FLOOR.fetch_max(number.max(0) as u64, Ordering::Relaxed);
+}
+
 /// Where descriptors of the guard are put: at or above the program's limit on
 /// open files, so that they neither take numbers that the program expects nor
 /// can be reached by `dup2`. If the hard limit leaves no room there, the
-/// highest free numbers below it are used.
+/// highest free numbers below it are used. Never where the program has
+/// descriptors that a snapshot gives back to it.
 ///
 /// Returns the moved descriptor (close-on-exec); the old one is closed.
 ///
@@ -188,37 +200,76 @@ const MOST_DESCRIPTORS: u64 = 8192;
 /// If the process has no descriptor left.
 pub fn move_fd_high(fd: OwnedFd) -> std::io::Result<OwnedFd> {
     let old = get_nofile()?;
-    let room = old
-        .rlim_max
-        .saturating_sub(old.rlim_cur)
-        .min(MOST_DESCRIPTORS);
+    let floor = FLOOR.load(Ordering::Relaxed);
+    let above = old.rlim_cur.max(floor);
+    let room = old.rlim_max.saturating_sub(above).min(MOST_DESCRIPTORS);
     let roomy = room >= SPARE;
     let base = if roomy {
-        old.rlim_cur
+        above
     } else {
         let part = (old.rlim_cur / 4).clamp(SPARE, MOST_DESCRIPTORS);
-        old.rlim_cur.saturating_sub(part).max(3)
+        old.rlim_cur.saturating_sub(part).max(3).max(floor)
     };
-    if roomy {
-        set_nofile(&general::rlimit64 {
-            rlim_cur: old.rlim_cur + room,
-            rlim_max: old.rlim_max,
-        })?;
+    if base >= if roomy { old.rlim_max } else { old.rlim_cur } {
+        return Err(Errno::EMFILE.into());
     }
-    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and touches no memory.
-    let moved = unsafe {
+    let make = || {
         let command = u64::from(general::F_DUPFD_CLOEXEC);
-        syscall(
-            general::__NR_fcntl,
-            [fd.as_raw_fd() as u64, command, base, 0, 0, 0],
-        )
+        // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor and touches no memory.
+        unsafe {
+            syscall(
+                general::__NR_fcntl,
+                [fd.as_raw_fd() as u64, command, base, 0, 0, 0],
+            )
+        }
     };
-    if roomy {
-        set_nofile(&old)?;
-    }
+    let moved = if roomy {
+        with_nofile(&old, above + room, make)?
+    } else {
+        make()
+    };
     let number = moved.map_err(std::io::Error::from)? as RawFd;
     // SAFETY: the descriptor was made above and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Makes the descriptor `to`, which is nobody's or the program's to lose, a
+/// duplicate of `fd`, also above the limit on open files. `flags` as for `dup3`.
+///
+/// # Errors
+///
+/// What the host kernel said.
+pub(crate) fn duplicate_to(fd: RawFd, to: RawFd, flags: u64) -> SysResult {
+    // SAFETY: no memory; what `to` was is the caller's to close.
+    let make = || unsafe { syscall(general::__NR_dup3, [fd as u64, to as u64, flags, 0, 0, 0]) };
+    let failed = |error: std::io::Error| Errno::of(&error);
+    let limit = get_nofile().map_err(failed)?;
+    let needed = to as u64 + 1;
+    if needed <= limit.rlim_cur {
+        make()
+    } else {
+        with_nofile(&limit, needed, make).map_err(failed)?
+    }
+}
+
+/// The hard limit on open files: no number can be had from there on.
+pub(crate) fn most_descriptors() -> u64 {
+    get_nofile().map_or(0, |limit| limit.rlim_max)
+}
+
+/// Does something while the limit on open files, now `old`, is `soft`.
+fn with_nofile<T>(
+    old: &general::rlimit64,
+    soft: u64,
+    body: impl FnOnce() -> T,
+) -> std::io::Result<T> {
+    set_nofile(&general::rlimit64 {
+        rlim_cur: soft,
+        rlim_max: old.rlim_max,
+    })?;
+    let done = body();
+    set_nofile(old)?;
+    Ok(done)
 }
 
 fn get_nofile() -> std::io::Result<general::rlimit64> {

@@ -337,6 +337,11 @@ pub(crate) fn replace(
             program.threads.hand_over(guard.tid, takeover);
             Answer::Leave
         }
+        Err(_) if program.served().is_some() => {
+            // The end of the run, and not of what serves it.
+            program.threads.replaced();
+            Answer::Killed(SIGKILL)
+        }
         Err(_) => {
             let killed = Ok(End::Killed(SIGKILL));
             if program.is_forked() {

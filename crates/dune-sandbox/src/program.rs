@@ -35,7 +35,7 @@ use crate::policy::enforced::Enforced;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::signal::Dispositions;
 use crate::snapshot::Served;
-use crate::snapshot::memory::{Layer, Layers, Tracked};
+use crate::snapshot::memory::{Layer, Layers, Tracked, set_aside};
 use crate::snapshot::watch::Watch;
 use crate::table;
 use crate::threads::{State, Threads};
@@ -66,15 +66,21 @@ impl Memory {
         }
     }
 
-    /// Notes, in a child of `vfork`, that `range` is about to be written.
-    pub(crate) fn note_write(&self, pid: u32, range: UserRange) {
+    /// Notes, in a child of `vfork` and after a snapshot, that `range` is about
+    /// to be written.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if a child of `vfork` writes too much; then it must not.
+    pub(crate) fn note_write(&self, pid: u32, range: UserRange) -> Result<(), Errno> {
         if let Some(journal) = &self.journal {
             let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
-            journal.note(&self.areas, pid, range);
+            journal.note(&self.areas, pid, range)?;
         }
         if let Some(pages) = PageRange::covering(range) {
             self.with_top(|top| top.note(&self.areas, pid, pages));
         }
+        Ok(())
     }
 
     /// Does something with the latest snapshot, if there is one.
@@ -88,9 +94,35 @@ impl Memory {
     ///
     /// # Errors
     ///
-    /// What the host kernel said.
+    /// `ENOMEM` for more than the guard can keep, or what the host kernel said.
     pub(crate) fn set_aside(&self, range: PageRange) -> Result<(), Errno> {
-        self.with_top(|top| top.set_aside(&self.areas, range))
+        let Some(layers) = self.layers.as_ref() else {
+            return Ok(());
+        };
+        let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+        set_aside(&mut layers, &self.areas, range)
+    }
+
+    /// Before the program gains the right to write to `range`: keeps what a
+    /// snapshot needs if calls wait that may write there. `self` is locked
+    /// exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said.
+    pub(crate) fn keep_promised(&self, pid: u32, range: PageRange) -> Result<(), Errno> {
+        self.with_top(|top| top.keep_promised(&self.areas, pid, range))
+            .unwrap_or(Ok(()))
+    }
+
+    /// Before the program discards what is in `range`: keeps what a snapshot
+    /// needs. `self` is locked exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said.
+    pub(crate) fn keep(&self, pid: u32, range: PageRange) -> Result<(), Errno> {
+        self.with_top(|top| top.keep(&self.areas, pid, range))
             .unwrap_or(Ok(()))
     }
 
@@ -102,17 +134,27 @@ impl Memory {
     /// The range and rights with which to admit the page of `addr` for an
     /// access that needs `needed`. In a child of `vfork`, and after a snapshot,
     /// no page can be written that was not noted.
-    pub(crate) fn admissible(&self, pid: u32, addr: u64, area: Area, needed: Access) -> Admission {
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::note_write`].
+    pub(crate) fn admissible(
+        &self,
+        pid: u32,
+        addr: u64,
+        area: Area,
+        needed: Access,
+    ) -> Result<Admission, Errno> {
         let access = effective(area.attributes.access);
         let whole = Admission {
             range: area.range,
             access,
         };
         match self.with_top(|top| top.admissible(pid, addr, area, needed)) {
-            Some(Tracked::Whole(range)) => return Admission { range, access },
+            Some(Tracked::Whole(range)) => return Ok(Admission { range, access }),
             Some(Tracked::ReadOnly(range)) => {
                 let access = access - Access::WRITE;
-                return Admission { range, access };
+                return Ok(Admission { range, access });
             }
             None => {}
         }
@@ -120,13 +162,13 @@ impl Memory {
             || area.attributes.sharing == Sharing::Shared
             || !access.contains(Access::WRITE)
         {
-            return whole;
+            return Ok(whole);
         }
         let page = addr & !(PAGE_SIZE - 1);
-        match (needed, PageRange::new(page, PAGE_SIZE)) {
+        Ok(match (needed, PageRange::new(page, PAGE_SIZE)) {
             (Access::WRITE, Some(range)) => {
                 if let Some(bytes) = UserRange::new(page, PAGE_SIZE) {
-                    self.note_write(pid, bytes);
+                    self.note_write(pid, bytes)?;
                 }
                 Admission { range, access }
             }
@@ -134,7 +176,7 @@ impl Memory {
                 access: access - Access::WRITE,
                 ..whole
             },
-        }
+        })
     }
 }
 
@@ -545,11 +587,14 @@ impl Program {
 
     /// Notes that the kernel may write `len` bytes at `addr`, checked user
     /// memory, on behalf of a child of `vfork` or after a snapshot.
-    pub(crate) fn note_write(&self, addr: u64, len: u64) {
-        if self.notes_writes()
-            && let Some(range) = UserRange::new(addr, len)
-        {
-            self.memory().note_write(self.pid(), range);
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::note_write`].
+    pub(crate) fn note_write(&self, addr: u64, len: u64) -> Result<(), Errno> {
+        match UserRange::new(addr, len) {
+            Some(range) if self.notes_writes() => self.memory().note_write(self.pid(), range),
+            _ => Ok(()),
         }
     }
 

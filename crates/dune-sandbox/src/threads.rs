@@ -10,7 +10,9 @@
 //! ```
 //!
 //! Whoever leaves `Running` first wins; threads that come later are among those
-//! that leave. They are kicked ([`crate::signal::record`]) out of ring 3 and out
+//! that leave. One exception: where a service returns to a snapshot, the run is
+//! over, and what waits in `execve` for the leader to leave leaves itself
+//! ([`Threads::gather`]). They are kicked ([`crate::signal::record`]) out of ring 3 and out
 //! of waiting calls, and look here before they go on.
 //!
 //! The leader is the thread whose id is the process's. It never leaves before
@@ -158,12 +160,18 @@ impl Threads {
     /// Ends the program `pid`, unless it is ending or being replaced already.
     pub(crate) fn end(&self, pid: u32, finish: Finish) {
         let mut state = self.lock();
-        if matches!(state.phase, Phase::Running) {
-            state.phase = Phase::Ending;
-            state.finish = Some(finish);
-            state.kick_all(pid);
-            self.release_stopped(None);
-            self.changed.notify_all();
+        match state.phase {
+            Phase::Running => {
+                state.phase = Phase::Ending;
+                state.finish = Some(finish);
+                state.kick_all(pid);
+                self.release_stopped(None);
+                self.changed.notify_all();
+            }
+            Phase::Ending => {
+                state.finish.get_or_insert(finish);
+            }
+            Phase::Replacing(_) => {}
         }
     }
 
@@ -180,12 +188,63 @@ impl Threads {
     }
 
     /// A run of the served program `pid` has ended by another thread than the
-    /// leader, which is told.
+    /// leader, which is told, unless the program is being replaced already.
     pub(crate) fn end_run(&self, pid: u32, ending: Ending) {
         let mut state = self.lock();
-        state.run_end.get_or_insert(ending);
-        host::kick(pid, pid);
+        if state.is_running() {
+            state.run_end.get_or_insert(ending);
+            host::kick(pid, pid);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Has the leader of a served program look up where it waits for the others.
+    pub(crate) fn wake_leader(&self) {
+        let _state = self.lock();
         self.changed.notify_all();
+    }
+
+    /// The run of the served program `pid` is over: all threads but the leader,
+    /// which calls this, leave, also one that waits in `execve`. The leader is
+    /// one of the program's threads then, whether it had left or not.
+    ///
+    /// # Errors
+    ///
+    /// The program's end, if it has ended for good.
+    pub(crate) fn gather(&self, pid: u32) -> Result<(), Finish> {
+        let mut state = self.lock();
+        if !matches!(state.phase, Phase::Ending) {
+            // Nobody joins or replaces the program from here on.
+            state.phase = Phase::Replacing(pid);
+        }
+        state.members.entry(pid).or_default();
+        state.kick_others(pid, pid);
+        self.release_stopped(Some(pid));
+        self.changed.notify_all();
+        let mut state = self.wait_for_others(state, pid, |_| true);
+        state.run_end = None;
+        if matches!(state.phase, Phase::Ending) {
+            let exited = Ok(End::Exit(state.last_status));
+            return Err(state.finish.take().unwrap_or(exited));
+        }
+        state.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Waits until `tid` is the only thread, as long as `still` holds.
+    fn wait_for_others<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        tid: u32,
+        still: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        while still(&state) && state.members.keys().any(|&other| other != tid) {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state
     }
 
     /// How the run ended, if another thread has said so.
@@ -196,26 +255,26 @@ impl Threads {
     /// The thread `tid` of the process `pid` will replace the program: returns
     /// when all others have left.
     ///
+    /// Until then it is one of the threads: who looks whether there are others
+    /// sees it.
+    ///
     /// # Errors
     ///
-    /// If another thread was first.
+    /// If another thread was first, or the run of a served program is over.
     pub(crate) fn begin_replacing(&self, pid: u32, tid: u32) -> Result<(), Leave> {
         let mut state = self.lock();
-        if !matches!(state.phase, Phase::Running) {
+        if !state.is_running() || state.run_end.is_some() {
             return Err(Leave);
         }
         state.phase = Phase::Replacing(tid);
-        let me = state.members.remove(&tid).unwrap_or_default();
-        state.kick_all(pid);
+        state.kick_others(pid, tid);
         self.release_stopped(Some(tid));
-        while !state.members.is_empty() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+        let state = self.wait_for_others(state, tid, |state| state.is_replaced_by(tid));
+        if state.is_replaced_by(tid) {
+            Ok(())
+        } else {
+            Err(Leave)
         }
-        state.members.insert(tid, me);
-        Ok(())
     }
 
     /// The new program runs, on the thread that replaced the old one.
@@ -226,12 +285,13 @@ impl Threads {
         state.run_end = None;
     }
 
-    /// The new program was started by `tid`, which now leaves it to the leader.
+    /// The new program was started by `tid`, which now leaves it to the leader:
+    /// that goes on when `tid` has left.
     pub(crate) fn hand_over(&self, tid: u32, takeover: Takeover) {
         let mut state = self.lock();
-        state.members.remove(&tid);
+        // What it had of the old program is gone.
+        state.members.insert(tid, Member::default());
         state.takeover = Some(takeover);
-        self.changed.notify_all();
     }
 
     /// The program could not be started after the old one was gone.
@@ -242,17 +302,28 @@ impl Threads {
         self.changed.notify_all();
     }
 
-    /// The leader `pid`, which has left, waits for the others.
-    pub(crate) fn wait_as_leader(&self, pid: u32) -> Wake {
+    /// The leader `pid`, which has left, waits for the others. `interrupted` is
+    /// asked whether the run of a served program shall end, whenever somebody
+    /// [says so](Threads::wake_leader).
+    pub(crate) fn wait_as_leader(&self, pid: u32, interrupted: impl Fn() -> bool) -> Wake {
         let mut state = self.lock();
         loop {
-            if let Some(takeover) = state.takeover.take() {
+            if state.members.is_empty()
+                && let Some(takeover) = state.takeover.take()
+            {
                 state.phase = Phase::Running;
                 state.members.insert(pid, Member::default());
                 return Wake::Takeover(takeover);
             }
-            if let Some(ending) = state.run_end.take() {
-                return Wake::RunEnded(ending);
+            if state.is_running() {
+                let ended = state.run_end.take();
+                let ended = ended.or_else(|| interrupted().then_some(Ending::Interrupted));
+                if let Some(ending) = ended {
+                    // Until the leader has gathered them, nobody begins to
+                    // replace the program: there is no leader to wait for.
+                    state.phase = Phase::Replacing(pid);
+                    return Wake::RunEnded(ending);
+                }
             }
             if state.members.is_empty() {
                 match state.phase {
@@ -288,9 +359,94 @@ impl State {
         self.members.iter().map(|(&tid, &member)| (tid, member))
     }
 
+    fn is_replaced_by(&self, tid: u32) -> bool {
+        matches!(self.phase, Phase::Replacing(by) if by == tid)
+    }
+
     fn kick_all(&self, pid: u32) {
         for &tid in self.members.keys() {
             host::kick(pid, tid);
         }
+    }
+
+    fn kick_others(&self, pid: u32, me: u32) {
+        for &tid in self.members.keys().filter(|&&tid| tid != me) {
+            host::kick(pid, tid);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Ids that no thread has: kicks go nowhere.
+    const LEADER: u32 = u32::MAX / 2;
+    const OTHER: u32 = LEADER - 1;
+
+    fn pair() -> Arc<Threads> {
+        let threads = Arc::new(Threads::default());
+        assert_eq!(threads.join(LEADER), Ok(()));
+        assert_eq!(threads.join(OTHER), Ok(()));
+        threads
+    }
+
+    /// The other thread calls `execve`, and leaves if it must.
+    fn replacing(threads: &Arc<Threads>) -> std::thread::JoinHandle<Result<(), Leave>> {
+        let begun = Arc::clone(threads);
+        let other = std::thread::spawn(move || {
+            let result = begun.begin_replacing(LEADER, OTHER);
+            if result.is_err() {
+                begun.leave(OTHER, None);
+            }
+            result
+        });
+        while threads.lock().is_running() {
+            std::thread::yield_now();
+        }
+        other
+    }
+
+    #[test]
+    fn who_waits_in_execve_is_still_a_thread_and_leaves_when_the_run_is_over() {
+        let threads = pair();
+        let other = replacing(&threads);
+        assert_eq!(threads.lock().members().count(), 2);
+        assert!(threads.gather(LEADER).is_ok());
+        assert_eq!(other.join().unwrap(), Err(Leave));
+        assert!(threads.lock().is_running());
+        let left: Vec<u32> = threads.lock().members().map(|(tid, _)| tid).collect();
+        assert_eq!(left, [LEADER]);
+    }
+
+    #[test]
+    fn a_run_that_is_over_is_not_replaced() {
+        let threads = pair();
+        threads.end_run(LEADER, Ending::Interrupted);
+        assert_eq!(threads.begin_replacing(LEADER, OTHER), Err(Leave));
+        threads.leave(LEADER, None);
+        let wake = threads.wait_as_leader(LEADER, || false);
+        assert!(matches!(wake, Wake::RunEnded(Ending::Interrupted)));
+        // Nor before the leader has gathered the others.
+        assert_eq!(threads.begin_replacing(LEADER, OTHER), Err(Leave));
+        threads.leave(OTHER, None);
+        assert!(threads.gather(LEADER).is_ok());
+        assert!(threads.has(LEADER));
+    }
+
+    #[test]
+    fn the_leader_takes_over_when_the_other_has_left() {
+        let threads = pair();
+        let other = replacing(&threads);
+        threads.leave(LEADER, None);
+        assert_eq!(other.join().unwrap(), Ok(()));
+        let (user, mask) = (UserState::default(), 0);
+        threads.hand_over(OTHER, Takeover { user, mask });
+        assert_eq!(threads.lock().members().count(), 1);
+        threads.leave(OTHER, None);
+        let wake = threads.wait_as_leader(LEADER, || true);
+        assert!(matches!(wake, Wake::Takeover(_)));
     }
 }

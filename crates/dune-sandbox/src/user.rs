@@ -227,7 +227,7 @@ impl<'a> UserMemory<'a> {
             } else {
                 match UserRange::new(vec.base, vec.len) {
                     // They may be for reading into.
-                    Some(range) => self.lock().note_write(self.pid, range),
+                    Some(range) => self.lock().note_write(self.pid, range)?,
                     None if checks_pointers() => return Err(Errno::EFAULT),
                     None => {}
                 }
@@ -253,7 +253,7 @@ impl<'a> UserMemory<'a> {
             attributes.effective_access().contains(access)
         });
         if allowed && access.contains(Access::WRITE) {
-            memory.note_write(self.pid, range);
+            memory.note_write(self.pid, range)?;
         }
         match (allowed, by_kernel) {
             (false, _) => Err(Errno::EFAULT),

@@ -21,6 +21,9 @@
 //! when it is done, not at once; and a byte that the child and such a thread
 //! both write at the same time gets the child's value.
 //!
+//! The child can write at most [`MOST_BYTES`] of what it shares: it is killed at
+//! the page after, and calls that may write more fail with `ENOMEM`.
+//!
 //! Memory that the child maps anonymously is mapped in the parent as well, and
 //! the heap ends where the child left its end: the allocator of the parent's
 //! libc may have used it. Nothing else of the child's address space comes back.
@@ -33,14 +36,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::calls::memory::{Space, check_limit, map_anonymous};
 use crate::calls::{forward_always, own, own_mut};
+use crate::engine::Access;
 use crate::host::Errno;
 use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_TOP, UserRange};
 use crate::user::UserMemory;
-use crate::vma::{Areas, Attributes, Backing, Sharing};
+use crate::vma::{Areas, Attributes, Backing, Sharing, effective};
 
 /// A page as it was before the child's first write to it.
 type Before = Box<[u8; PAGE_SIZE as usize]>;
+
+/// Bytes of pages that are noted at most: what the program cannot be charged for
+/// must not fill the host's memory. A child of `vfork` writes to a few pages.
+const MOST_BYTES: u64 = 256 << 20;
 
 /// What the child notes.
 #[derive(Debug)]
@@ -88,26 +96,36 @@ impl Journal {
     }
 
     /// Notes the pages of `range` that are the child's own copies, before
-    /// somebody writes to them.
-    pub(crate) fn note(&mut self, areas: &Areas, pid: u32, range: UserRange) {
+    /// somebody writes to them. Where the child cannot write, nobody does: it has
+    /// one thread, which gains no rights while it is in a call.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` for more than [`MOST_BYTES`] in all.
+    pub(crate) fn note(&mut self, areas: &Areas, pid: u32, range: UserRange) -> Result<(), Errno> {
         let Some(pages) = PageRange::covering(range) else {
-            return;
+            return Ok(());
         };
-        let private: Vec<PageRange> = areas
-            .overlapping(pages)
-            .filter(|area| area.attributes.sharing == Sharing::Private)
-            .filter_map(|area| area.range.intersect(pages))
-            .collect();
-        for part in private {
+        let writable = areas.overlapping(pages).filter(|area| {
+            area.attributes.sharing == Sharing::Private
+                && effective(area.attributes.access).contains(Access::WRITE)
+        });
+        for part in writable.filter_map(|area| area.range.intersect(pages)) {
             for page in (part.start()..part.end()).step_by(PAGE_SIZE as usize) {
-                self.before.entry(page).or_insert_with(|| {
-                    let mut bytes = Box::new([0; PAGE_SIZE as usize]);
-                    // What cannot be read cannot be written either.
-                    let _ = crate::user::copy_by_kernel(pid, page, &mut bytes[..]);
-                    bytes
-                });
+                if self.before.contains_key(&page) {
+                    continue;
+                }
+                if self.before.len() as u64 >= MOST_BYTES / PAGE_SIZE {
+                    return Err(Errno::ENOMEM);
+                }
+                let mut bytes = Box::new([0; PAGE_SIZE as usize]);
+                // What cannot be read (past the end of a file) cannot be written.
+                if crate::user::copy_by_kernel(pid, page, &mut bytes[..]).is_ok() {
+                    self.before.insert(page, bytes);
+                }
             }
         }
+        Ok(())
     }
 
     /// Tells the parent everything, and that this was all.
@@ -124,13 +142,13 @@ impl Journal {
             }
         }
         if memory.space.heap_end != self.space.heap_end {
-            let none = Attributes::anonymous(crate::engine::Access::empty());
+            let none = Attributes::anonymous(Access::empty());
             self.send(HEAP, memory.space.heap_end, 0, none)?;
         }
         for (&page, before) in &self.before {
             self.tell_page(pid, page, before)?;
         }
-        let none = Attributes::anonymous(crate::engine::Access::empty());
+        let none = Attributes::anonymous(Access::empty());
         self.send(END, 0, 0, none)
     }
 
@@ -154,7 +172,7 @@ impl Journal {
             // The child has unmapped it since.
             return Ok(());
         }
-        let none = Attributes::anonymous(crate::engine::Access::empty());
+        let none = Attributes::anonymous(Access::empty());
         let mut at = 0;
         while let Some(first) = (at..now.len()).find(|&byte| now[byte] != before[byte]) {
             let end = (first..now.len())
@@ -229,7 +247,7 @@ pub(crate) fn take_over(program: &Program, pipe: &OwnedFd, must_leave: impl Fn()
                 let _ = memory.write(header.start, &bytes);
             }
             MAP => {
-                let access = crate::engine::Access::from_bits_truncate(header.access as u8);
+                let access = Access::from_bits_truncate(header.access as u8);
                 let mut memory = program.memory_mut();
                 if let Some(range) = PageRange::new(header.start, header.len)
                     && memory.areas.is_free(range)
@@ -286,4 +304,32 @@ fn read_all(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::UserPages;
+
+    #[test]
+    fn a_journal_notes_what_can_be_written_and_has_an_end() {
+        let pages = UserPages::anonymous(1 + MOST_BYTES / PAGE_SIZE);
+        let mut memory = pages.memory.write().unwrap();
+        let (_, pipe) = std::io::pipe().unwrap();
+        let mut journal = Journal::new(&memory, pipe.into());
+        let pid = std::process::id();
+        let range = |len| UserRange::new(pages.start(), len).unwrap();
+        assert_eq!(journal.note(&memory.areas, pid, range(MOST_BYTES)), Ok(()));
+        let more = journal.note(&memory.areas, pid, range(MOST_BYTES + 1));
+        assert_eq!(more, Err(Errno::ENOMEM));
+        let (_, pipe) = std::io::pipe().unwrap();
+        let mut journal = Journal::new(&memory, pipe.into());
+        let all = PageRange::covering(range(MOST_BYTES + 1)).unwrap();
+        memory.areas.protect(all, Access::READ).unwrap();
+        assert_eq!(
+            journal.note(&memory.areas, pid, range(MOST_BYTES + 1)),
+            Ok(())
+        );
+        assert!(journal.before.is_empty());
+    }
 }

@@ -45,6 +45,34 @@ fn a_run_without_end_is_interrupted() {
     snapshots::a_run_without_end_is_interrupted(PLACEMENT);
 }
 
+fn a_run_whose_first_thread_has_ended_is_interrupted() {
+    snapshots::a_run_whose_first_thread_has_ended_is_interrupted(PLACEMENT);
+}
+
+fn memory_that_cannot_be_written_comes_back() {
+    snapshots::memory_that_cannot_be_written_comes_back(PLACEMENT);
+}
+
+fn a_return_from_the_marker_ends_the_other_threads() {
+    snapshots::a_return_from_the_marker_ends_the_other_threads(PLACEMENT);
+}
+
+fn the_guard_keeps_half_of_its_address_space() {
+    snapshots::the_guard_keeps_half_of_its_address_space(PLACEMENT);
+}
+
+fn numbers_of_descriptors_stay_the_programs() {
+    snapshots::numbers_of_descriptors_stay_the_programs(PLACEMENT);
+}
+
+fn limits_and_late_signals_do_not_outlive_a_run() {
+    snapshots::limits_and_late_signals_do_not_outlive_a_run(PLACEMENT);
+}
+
+fn a_run_that_ends_while_it_is_replaced_is_over() {
+    snapshots::a_run_that_ends_while_it_is_replaced_is_over(PLACEMENT, "10");
+}
+
 fn main() -> ExitCode {
     const TESTS: &[dune_testing::Test] = dune_testing::list! {
         ring0 every_byte_and_register_comes_back, timeout 200,
@@ -55,6 +83,13 @@ fn main() -> ExitCode {
         ring0 a_snapshot_of_several_threads_is_refused,
         ring0 every_ending_is_told,
         ring0 a_run_without_end_is_interrupted,
+        ring0 a_run_whose_first_thread_has_ended_is_interrupted,
+        ring0 memory_that_cannot_be_written_comes_back,
+        ring0 a_return_from_the_marker_ends_the_other_threads,
+        ring0 the_guard_keeps_half_of_its_address_space,
+        ring0 numbers_of_descriptors_stay_the_programs,
+        ring0 limits_and_late_signals_do_not_outlive_a_run,
+        ring0 a_run_that_ends_while_it_is_replaced_is_over, timeout 200,
     };
     snapshots::role().unwrap_or_else(|| dune_testing::main(TESTS))
 }

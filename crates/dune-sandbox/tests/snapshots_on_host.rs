@@ -45,6 +45,34 @@ fn a_run_without_end_is_interrupted() {
     snapshots::a_run_without_end_is_interrupted(PLACEMENT);
 }
 
+fn a_run_whose_first_thread_has_ended_is_interrupted() {
+    snapshots::a_run_whose_first_thread_has_ended_is_interrupted(PLACEMENT);
+}
+
+fn memory_that_cannot_be_written_comes_back() {
+    snapshots::memory_that_cannot_be_written_comes_back(PLACEMENT);
+}
+
+fn a_return_from_the_marker_ends_the_other_threads() {
+    snapshots::a_return_from_the_marker_ends_the_other_threads(PLACEMENT);
+}
+
+fn the_guard_keeps_half_of_its_address_space() {
+    snapshots::the_guard_keeps_half_of_its_address_space(PLACEMENT);
+}
+
+fn numbers_of_descriptors_stay_the_programs() {
+    snapshots::numbers_of_descriptors_stay_the_programs(PLACEMENT);
+}
+
+fn limits_and_late_signals_do_not_outlive_a_run() {
+    snapshots::limits_and_late_signals_do_not_outlive_a_run(PLACEMENT);
+}
+
+fn a_run_that_ends_while_it_is_replaced_is_over() {
+    snapshots::a_run_that_ends_while_it_is_replaced_is_over(PLACEMENT, "100");
+}
+
 fn main() -> ExitCode {
     const TESTS: &[dune_testing::Test] = dune_testing::list! {
         plain every_byte_and_register_comes_back, timeout 200,
@@ -55,6 +83,13 @@ fn main() -> ExitCode {
         plain a_snapshot_of_several_threads_is_refused,
         plain every_ending_is_told,
         plain a_run_without_end_is_interrupted,
+        plain a_run_whose_first_thread_has_ended_is_interrupted,
+        plain memory_that_cannot_be_written_comes_back,
+        plain a_return_from_the_marker_ends_the_other_threads,
+        plain the_guard_keeps_half_of_its_address_space,
+        plain numbers_of_descriptors_stay_the_programs,
+        plain limits_and_late_signals_do_not_outlive_a_run,
+        plain a_run_that_ends_while_it_is_replaced_is_over, timeout 200,
     };
     snapshots::role().unwrap_or_else(|| dune_testing::main(TESTS))
 }

@@ -65,6 +65,7 @@ fn vfork_and_spawn() {
         "vfork_shares_memory",
         "vfork_beside_writers",
         "vfork_and_the_heap",
+        "vfork_and_reservations",
         "spawn_errors_are_told",
     ]);
 }

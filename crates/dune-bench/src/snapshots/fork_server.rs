@@ -81,17 +81,17 @@ impl Server {
             .stdin(input.try_clone()?)
             .stdout(Stdio::null());
         let [theirs, ours] = ends;
-        // SAFETY: two system calls between fork and exec.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in [(theirs.as_raw_fd(), REQUESTS), (ours.as_raw_fd(), ANSWERS)] {
-                    if libc::dup2(from, to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
+        let take_ends = move || {
+            for (from, to) in [(theirs.as_raw_fd(), REQUESTS), (ours.as_raw_fd(), ANSWERS)] {
+                // SAFETY: numbers of descriptors; the child owns none by those of the protocol.
+                if unsafe { libc::dup2(from, to) } < 0 {
+                    return Err(io::Error::last_os_error());
                 }
-                Ok(())
-            });
-        }
+            }
+            Ok(())
+        };
+        // SAFETY: between fork and exec there are two system calls, no memory and no lock.
+        unsafe { command.pre_exec(take_ends) };
         let child = command.spawn()?;
         // The child's ends are the child's alone.
         drop(command);

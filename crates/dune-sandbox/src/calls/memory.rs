@@ -270,6 +270,9 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
             continue;
         }
         guard.revoke(piece)?;
+        if !program.is_single() && !old.contains(Access::WRITE) && access.contains(Access::WRITE) {
+            memory.keep_promised(program.pid(), piece)?;
+        }
         protect_piece(&mut memory, piece, old, access)?;
         guard.admit_ahead(&memory, piece);
     }
@@ -548,11 +551,7 @@ fn keep_before_discarding(guard: &mut Guard, range: PageRange) -> Result<(), Err
             };
             match (area.attributes.sharing, area.attributes.backing) {
                 (Sharing::Shared, _) => {}
-                (Sharing::Private, Backing::File) => {
-                    if let Some(bytes) = UserRange::new(piece.start(), piece.len()) {
-                        memory.note_write(program.pid(), bytes);
-                    }
-                }
+                (Sharing::Private, Backing::File) => memory.keep(program.pid(), piece)?,
                 (Sharing::Private, _) => {
                     unmap(guard, &mut memory, piece)?;
                     map_anonymous(&mut memory, piece, area.attributes)?;

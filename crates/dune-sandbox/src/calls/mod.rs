@@ -257,10 +257,10 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// Likewise.
+    /// Likewise, and `ENOMEM` if a child of `vfork` writes too much.
     pub(crate) fn user_output(&self, addr: u64, len: u64) -> Result<u64, Errno> {
         let at = user_pointer(addr, len)?;
-        self.program.note_write(at, len);
+        self.program.note_write(at, len)?;
         Ok(at)
     }
 

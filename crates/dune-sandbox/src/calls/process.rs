@@ -209,6 +209,21 @@ fn change_own_limit(
     Ok(Some(previous))
 }
 
+/// A hard limit that was lowered could not be raised again for the next run of a
+/// program that returns to a snapshot.
+fn refuse_lower_hard_limit(guard: &Guard, resource: u32, new: &Limit) -> Result<(), Errno> {
+    if !guard.program.is_in_snapshot() {
+        return Ok(());
+    }
+    let mut present: Limit = [0; 2];
+    let get = [0, u64::from(resource), 0, own_mut(&mut present), 0, 0];
+    forward_always(__NR_prlimit64, get)?;
+    if new[1] < present[1] {
+        return Err(Errno::EPERM);
+    }
+    Ok(())
+}
+
 /// Root could raise the limit that stands for the policy's.
 fn refuse_more_cpu_time(guard: &Guard, resource: u32, new: &Limit) -> Result<(), Errno> {
     let policy = guard.program.policy();
@@ -245,6 +260,7 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
             let mut previous: Limit = [0; 2];
             if let Some(new) = &new {
                 refuse_more_cpu_time(guard, resource, new)?;
+                refuse_lower_hard_limit(guard, resource, new)?;
             }
             let new = new.as_ref().map_or(0, own);
             // Both are the guard's.

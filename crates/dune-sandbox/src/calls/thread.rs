@@ -14,7 +14,7 @@ use linux_raw_sys::general::{
     FUTEX_WAKE,
 };
 
-use crate::calls::{Answer, fork, forward, forward_always, forward_at_once};
+use crate::calls::{Answer, fork, forward, forward_always, forward_at_once, own};
 use crate::engine::{Seed, UserState};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -268,6 +268,11 @@ fn live(birth: Birth) {
         signals,
         born,
     } = birth;
+    if own(&request) < USER_HI {
+        // The host kernel found no place for this stack but the program's part.
+        let _ = born.send(Err(Errno::EAGAIN));
+        return;
+    }
     let engine = match seed.grow() {
         Ok(engine) => engine,
         Err(_) => {

@@ -1,14 +1,18 @@
 //! The descriptors of a snapshot: each is kept aside as a duplicate, which
 //! shares everything with it but its number.
+//!
+//! The numbers themselves stay the program's: no descriptor of the guard is put
+//! among them from then on ([`host::keep_free_below`]), even if the program
+//! closes its own and lowers its limit.
 
 #![expect(unsafe_code, reason = "a descriptor that was made a moment ago")]
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general::{
-    __NR_close, __NR_close_range, __NR_dup, __NR_dup3, __NR_fcntl, __NR_lseek, F_GETFD, F_GETFL,
-    F_SETFL, FD_CLOEXEC, O_CLOEXEC, SEEK_CUR, SEEK_SET,
+    __NR_close, __NR_close_range, __NR_dup, __NR_fcntl, __NR_lseek, F_GETFD, F_GETFL, F_SETFL,
+    FD_CLOEXEC, O_CLOEXEC, SEEK_CUR, SEEK_SET,
 };
 
 use super::watch::Watch;
@@ -76,15 +80,25 @@ impl Descriptors {
     ///
     /// # Errors
     ///
-    /// What the host kernel said; nothing is kept then.
+    /// `EMFILE` for one that could not be given back, as it is above the hard
+    /// limit, or what the host kernel said; nothing is kept then.
     pub(crate) fn take(program: &Program) -> Result<Self, Errno> {
         let mut all = Self::default();
         let open = open_descriptors().ok_or(Errno::ENOENT)?;
-        for fd in open {
-            if program.hidden_fds().binary_search(&fd).is_ok() {
-                continue;
+        let mut open: Vec<RawFd> = {
+            let hidden = program.hidden_fds();
+            let is_programs = |fd: &RawFd| hidden.binary_search(fd).is_err();
+            open.into_iter().filter(is_programs).collect()
+        };
+        // The folder's own is gone again by now.
+        open.retain(|&fd| fcntl(fd, F_GETFD, 0).is_ok());
+        if let Some(&highest) = open.iter().max() {
+            if highest as u64 >= host::most_descriptors() {
+                return Err(Errno::EMFILE);
             }
-            // The folder's own is gone again by now.
+            host::keep_free_below(highest + 1);
+        }
+        for fd in open {
             let Ok(flags) = fcntl(fd, F_GETFD, 0) else {
                 continue;
             };
@@ -122,10 +136,17 @@ impl Descriptors {
     ///
     /// # Errors
     ///
-    /// What the host kernel said.
+    /// What the host kernel said; `EBUSY` if the guard has taken a number that
+    /// belongs to the program, which must not happen.
     pub(crate) fn restore(&self, program: &Program, watch: &Watch) -> Result<(), Errno> {
         // Nobody makes descriptors meanwhile.
         let hidden = program.hidden_fds();
+        let replace = |fd: RawFd, kept: &Kept| {
+            if hidden.binary_search(&fd).is_ok() {
+                return Err(Errno::EBUSY);
+            }
+            replace(fd, kept)
+        };
         let mut moved = watch.moved.clone();
         if watch.any_descriptor {
             let mut spared: Vec<RawFd> = hidden.iter().copied().collect();
@@ -172,10 +193,7 @@ fn replace(fd: RawFd, kept: &Kept) -> Result<(), Errno> {
     } else {
         0
     };
-    forward_always(
-        __NR_dup3,
-        [kept.copy.as_raw_fd() as u64, fd as u64, cloexec, 0, 0, 0],
-    )?;
+    host::duplicate_to(kept.copy, fd, cloexec)?;
     if fcntl(fd, F_GETFL, 0) != Ok(kept.status) {
         let _ = fcntl(fd, F_SETFL, kept.status);
     }

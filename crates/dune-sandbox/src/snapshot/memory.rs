@@ -5,6 +5,7 @@
 //! ```text
 //!  first write to a page, by the program, by the guard, or by the host kernel
 //!  for a call of the program           --> its contents are copied away (`saved`)
+//!  its contents discarded (`madvise`)  --> likewise, or as unmapped
 //!  unmapped, replaced, moved           --> the mapping itself is moved away (`aside`)
 //!  rights changed, mapped              --> the table of areas tells
 //! ```
@@ -13,6 +14,14 @@
 //! to give back the rights, and to copy back the saved pages. A saved page
 //! stays in the list and can be written from then on: the next run that writes
 //! to it pays for no fault, and each return for one copy.
+//!
+//! # Calls that wait
+//!
+//! What a call of the program may write to is saved before the host kernel gets
+//! the call, as far as the program can write there itself, for so far the kernel
+//! can. While the call waits, another thread may give the program more rights.
+//! So the rest of what it may write to is remembered (`promised`), and saved by
+//! the `mprotect` that makes it writable, if there are other threads.
 //!
 //! # Why not the dirty bits
 //!
@@ -39,9 +48,9 @@ use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::Errno;
 use crate::program::Memory;
-use crate::range::{PAGE_SIZE, PageRange};
+use crate::range::{PAGE_SIZE, PageRange, USER_HI};
 use crate::user::{Page, copy_page_by_kernel, load_page, page_equals, store_page};
-use crate::vma::{Area, Areas, Attributes, Backing, Sharing};
+use crate::vma::{Area, Areas, Attributes, Backing, Sharing, effective};
 
 /// Private mappings of files up to this size become anonymous memory with the
 /// same contents when a snapshot is taken, for that can be copied back without
@@ -55,6 +64,20 @@ const FEW: usize = 32;
 /// ...and those that were equal so often in a row are protected again.
 const COLD: u8 = 2;
 
+/// Bytes of mappings that may be set aside, for all snapshots together: half of
+/// the guard's part of the address space. They may be more than the machine has
+/// memory, for what is not touched costs none; and if they filled that part, the
+/// host kernel would put the guard's next mapping, such as a thread's stack,
+/// into the program's part.
+const MOST_ASIDE: u64 = (ADDRESSES_END - USER_HI) / 2;
+
+/// Ranges that are promised, one by one; if there are more, also what lies between
+/// them.
+const MOST_PROMISED: usize = 1024;
+
+/// First address that no process has, with four levels of page tables.
+const ADDRESSES_END: u64 = 1 << 47;
+
 /// One snapshot's memory.
 #[derive(Debug)]
 pub(crate) struct Layer {
@@ -67,8 +90,12 @@ pub(crate) struct Layer {
     intact: Ranges,
     /// Contents of the pages that may have been written since, by address.
     saved: BTreeMap<u64, Saved>,
+    /// Pages that calls may write to, but for the right to do so.
+    promised: Ranges,
     /// Mappings of the snapshot that the program has given up since.
     aside: Vec<Aside>,
+    /// Bytes in `aside`.
+    aside_bytes: u64,
     returns: u64,
 }
 
@@ -122,29 +149,92 @@ impl Layer {
             seen: memory.areas.changes(),
             intact,
             saved: BTreeMap::new(),
+            promised: Ranges::default(),
             aside: Vec::new(),
+            aside_bytes: 0,
             returns: 0,
         }
     }
 
     /// Saves the pages of `range` that are the snapshot's, before somebody
-    /// writes to them.
+    /// writes to them. Where the program cannot write, nobody does, yet.
     pub(crate) fn note(&mut self, now: &Areas, pid: u32, range: PageRange) {
         for area in now.overlapping(range) {
-            if !is_tracked(&area.attributes) {
-                continue;
-            }
             let Some(part) = area.range.intersect(range) else {
                 continue;
             };
-            for page in (part.start()..part.end()).step_by(PAGE_SIZE as usize) {
-                if !self.saved.contains_key(&page) && self.intact.contains(page) {
-                    self.save(pid, page, is_direct(&area.attributes));
+            if !is_tracked(&area.attributes) {
+                continue;
+            }
+            if area.attributes.access.contains(Access::WRITE) {
+                self.save_all(pid, part, is_direct(&area.attributes));
+            } else {
+                self.promised.insert(part);
+            }
+        }
+        if self.promised.len() > MOST_PROMISED {
+            self.promised.fill_gaps();
+        }
+    }
+
+    /// Saves what calls that wait may write to in `range`, before the program
+    /// gains the right. Otherwise as [`Layer::keep`].
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub(crate) fn keep_promised(
+        &mut self,
+        now: &Areas,
+        pid: u32,
+        range: PageRange,
+    ) -> Result<(), Errno> {
+        for part in self.promised.parts_of(range) {
+            self.keep(now, pid, part)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Layer::note`], whatever rights the program has, before contents are
+    /// discarded. The caller holds the memory's lock exclusively.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said to the change of rights that this may need.
+    pub(crate) fn keep(&mut self, now: &Areas, pid: u32, range: PageRange) -> Result<(), Errno> {
+        for part in self.intact.parts_of(range) {
+            for area in now.overlapping(part) {
+                let Some(piece) = area.range.intersect(part) else {
+                    continue;
+                };
+                if !is_tracked(&area.attributes) {
+                    continue;
                 }
+                let access = area.attributes.access;
+                let closed = !effective(access).contains(Access::READ);
+                if closed {
+                    protect_host(piece, u64::from(PROT_READ))?;
+                }
+                self.save_all(pid, piece, is_direct(&area.attributes));
+                if closed {
+                    protect_host(piece, host_prot(access))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Saves those pages of `part` that are the snapshot's; all of `part` can
+    /// be read.
+    fn save_all(&mut self, pid: u32, part: PageRange, direct: bool) {
+        for page in (part.start()..part.end()).step_by(PAGE_SIZE as usize) {
+            if !self.saved.contains_key(&page) && self.intact.contains(page) {
+                self.save(pid, page, direct);
             }
         }
     }
 
+    /// Saves a page that can be read; `direct` as by [`is_direct`].
     fn save(&mut self, pid: u32, page: u64, direct: bool) {
         let mut contents = Box::new([0; PAGE_SIZE as usize]);
         if direct {
@@ -192,18 +282,26 @@ impl Layer {
 
     /// Moves what is the snapshot's in `range` out of the program's reach,
     /// before the range is unmapped. Ring 3 has no access to it any more.
+    /// Earlier snapshots keep `kept_below` bytes.
     ///
     /// # Errors
     ///
-    /// What the host kernel said. Then a part may have been moved.
-    pub(crate) fn set_aside(&mut self, now: &Areas, range: PageRange) -> Result<(), Errno> {
+    /// `ENOMEM` for more than [`MOST_ASIDE`] in all; nothing was moved then. Or
+    /// what the host kernel said; then a part may have been moved.
+    fn set_aside(&mut self, now: &Areas, range: PageRange, kept_below: u64) -> Result<(), Errno> {
+        let mut pieces = Vec::new();
         for part in self.intact.parts_of(range) {
-            let areas: Vec<Area> = now.overlapping(part).collect();
-            for area in areas {
-                if let Some(piece) = area.range.intersect(part) {
-                    self.move_aside(piece, area.attributes)?;
-                }
+            for area in now.overlapping(part) {
+                let piece = area.range.intersect(part);
+                pieces.extend(piece.map(|piece| (piece, area.attributes)));
             }
+        }
+        let bytes: u64 = pieces.iter().map(|(piece, _)| piece.len()).sum();
+        if kept_below + self.aside_bytes + bytes > MOST_ASIDE {
+            return Err(Errno::ENOMEM);
+        }
+        for (piece, attributes) in pieces {
+            self.move_aside(piece, attributes)?;
         }
         Ok(())
     }
@@ -214,6 +312,7 @@ impl Layer {
         match remap(piece.start(), len, at) {
             Ok(()) => {
                 self.intact.remove(piece);
+                self.aside_bytes += len;
                 self.aside.push(Aside {
                     range: piece,
                     at,
@@ -268,6 +367,7 @@ impl Layer {
                     at: aside.at + (part.start() - aside.range.start()),
                     attributes: aside.attributes,
                 });
+                below.aside_bytes += part.len();
                 below.intact.remove(part);
             }
         }
@@ -282,6 +382,19 @@ pub(crate) enum Tracked {
     Whole(PageRange),
     /// Without the right to write.
     ReadOnly(PageRange),
+}
+
+/// As [`Layer::set_aside`], for the latest of `layers`.
+///
+/// # Errors
+///
+/// Likewise.
+pub(crate) fn set_aside(layers: &mut Layers, now: &Areas, range: PageRange) -> Result<(), Errno> {
+    let Some((top, below)) = layers.split_last_mut() else {
+        return Ok(());
+    };
+    let kept_below = below.iter().map(|layer| layer.aside_bytes).sum();
+    top.set_aside(now, range, kept_below)
 }
 
 /// Takes a snapshot of the memory.
@@ -393,10 +506,17 @@ fn restore_layer(
         Vec::new()
     };
     layer.returns += 1;
+    // No call waits any more.
+    layer.promised = Ranges::default();
     let mut pages = 0;
     let pid = guard.pid();
+    // Where nothing was mapped anew, nothing was opened either.
+    let is_closed = |area: Option<Area>| {
+        !remapped && area.is_some_and(|area| !area.attributes.access.contains(Access::WRITE))
+    };
+    let mut closed = Vec::new();
     if layer.returns.is_multiple_of(LOOK_EVERY) && layer.saved.len() > FEW {
-        pages += copy_back_what_differs(guard, layer)?;
+        pages += copy_back_what_differs(guard, layer, &is_closed, &mut closed)?;
     } else {
         let areas = &layer.areas;
         let mut area: Option<Area> = None;
@@ -404,9 +524,17 @@ fn restore_layer(
             if area.is_none_or(|area| !area.range.contains(page)) {
                 area = areas.find(page);
             }
+            if is_closed(area) {
+                closed.push(page);
+                continue;
+            }
             copy_back(pid, area, page, &saved.contents)?;
             pages += 1;
         }
+    }
+    for page in closed {
+        copy_back_closed(guard, layer, page)?;
+        pages += 1;
     }
     for (range, access) in closing {
         protect_host(range, u64::from(PROT_NONE))?;
@@ -441,14 +569,38 @@ fn copy_back(pid: u32, area: Option<Area>, page: u64, contents: &Page) -> Result
     Ok(())
 }
 
+/// Copies back a page that the program cannot write to: its contents were
+/// discarded. Nobody writes there before the rights change again.
+fn copy_back_closed(guard: &mut Guard, layer: &mut Layer, page: u64) -> Result<(), Errno> {
+    let area = layer.areas.find(page);
+    let range = PageRange::new(page, PAGE_SIZE);
+    let (Some(saved), Some(area), Some(range)) = (layer.saved.remove(&page), area, range) else {
+        return Ok(());
+    };
+    guard.revoke(range)?;
+    protect_host(range, u64::from(PROT_READ | PROT_WRITE))?;
+    copy_back(guard.pid(), Some(area), page, &saved.contents)?;
+    protect_host(range, u64::from(PROT_NONE))?;
+    protect_host(range, host_prot(area.attributes.access))
+}
+
 /// Copies back as few pages as need be, and protects those again that nobody
-/// writes to any more.
-fn copy_back_what_differs(guard: &mut Guard, layer: &mut Layer) -> Result<u64, Errno> {
+/// writes to any more. Pages of areas that are closed go into `closed` instead.
+fn copy_back_what_differs(
+    guard: &mut Guard,
+    layer: &mut Layer,
+    is_closed: &impl Fn(Option<Area>) -> bool,
+    closed: &mut Vec<u64>,
+) -> Result<u64, Errno> {
     let pid = guard.pid();
     let mut pages = 0;
     let mut cold = Vec::new();
     for (&page, saved) in &mut layer.saved {
         let area = layer.areas.find(page);
+        if is_closed(area) {
+            closed.push(page);
+            continue;
+        }
         let direct = area.is_some_and(|area| is_direct(&area.attributes));
         if direct && page_equals(page, &saved.contents) {
             saved.equal += 1;
@@ -489,6 +641,7 @@ fn move_back(
             rights.push((part, area.attributes.access));
         }
     }
+    layer.aside_bytes = 0;
     for aside in layer.aside.drain(..) {
         remap(aside.at, aside.range.len(), aside.range.start())?;
         layer.intact.insert(aside.range);
@@ -549,10 +702,16 @@ pub(crate) fn pop(memory: &mut Memory) -> Result<(), Errno> {
 /// Address space of the guard, with nothing in it.
 fn reserve(len: u64) -> Result<u64, Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
-    forward_always(
+    let at = forward_always(
         __NR_mmap,
         [0, len, u64::from(PROT_NONE), flags, u64::MAX, 0],
-    )
+    )?;
+    if at < USER_HI {
+        // The guard's part has no such hole; the program's must not be used.
+        unmap_host(at, len)?;
+        return Err(Errno::ENOMEM);
+    }
+    Ok(at)
 }
 
 fn remap(from: u64, len: u64, to: u64) -> Result<(), Errno> {

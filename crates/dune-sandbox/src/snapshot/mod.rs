@@ -46,12 +46,15 @@
 //!   the host kernel for a call of the program.
 //! - General and extended registers, segment bases.
 //! - Signals: mask, handlers, alternate stack; signals that wait because they
-//!   are blocked and were not waiting at the snapshot are discarded. Interval
-//!   timers (`setitimer`, `alarm`) are set as they were.
+//!   are blocked and were not waiting at the snapshot are discarded, whoever sent
+//!   them. Interval timers (`setitimer`, `alarm`) are set as they were.
 //! - Descriptors: those opened since are closed, those closed or replaced come
 //!   back, with their flags and their file's offset. Standard output and error
 //!   keep their offset: what was written there stays.
-//! - Working directory, umask, resource limits and names.
+//! - Working directory, umask, resource limits and names. While there is a
+//!   snapshot, no hard limit can be lowered (`EPERM`), for it could not be raised
+//!   again; the service is told of the end of a run with the limits of the
+//!   snapshot in force.
 //! - Threads made since are ended; processes made since are killed and
 //!   reaped.
 //!
@@ -122,6 +125,9 @@ pub enum Marker {
     /// `pread64` of descriptor 0), once.
     ReadStdin,
     /// After each `prctl(`[`MARKER_OPTION`]`)`.
+    ///
+    /// This one and all others count on the program's first thread, the one whose
+    /// id is the process's; another thread goes on as if there were none.
     Call,
     /// At the first instruction of this function of the program's own file,
     /// the first time.
@@ -167,7 +173,9 @@ pub enum Next {
 
 /// What decides at a program's markers and ends. See the module documentation.
 ///
-/// Called on the program's first thread, while nothing of it runs.
+/// Called on the program's first thread. After [`Event::Ended`] it is the only one;
+/// at a marker others may run, until the program is
+/// [restored](Stopped::restore).
 pub trait Service: Send {
     /// The program has stopped.
     fn event(&mut self, event: Event, program: &mut Stopped<'_>) -> Next;
@@ -189,6 +197,9 @@ pub enum SnapshotError {
          before it makes the others"
     )]
     Threads(usize),
+    /// The program has ended for good.
+    #[error("the program has ended, and not only a run of it")]
+    Ended,
     /// There is no snapshot to return to.
     #[error("there is no snapshot; take one at a marker first")]
     None,
@@ -305,8 +316,7 @@ impl Served {
 /// Ends a run from another thread, however busy or idle the program is.
 #[derive(Clone, Debug)]
 pub struct Interrupter {
-    pid: u32,
-    tid: u32,
+    program: Arc<Program>,
     run: u64,
     interrupt: Arc<AtomicU64>,
 }
@@ -315,11 +325,14 @@ impl Interrupter {
     /// Ends the run for which this was made, unless it is over.
     pub fn interrupt(&self) {
         self.interrupt.store(self.run + 1, Ordering::SeqCst);
-        host::kick(self.pid, self.tid);
+        let leader = self.program.pid();
+        host::kick(leader, leader);
+        // If it has left, it waits for the others and takes no signals.
+        self.program.threads.wake_leader();
     }
 }
 
-/// The program while nothing of it runs.
+/// The program while its first thread does not run.
 #[derive(Debug)]
 pub struct Stopped<'a> {
     guard: &'a mut Guard,
@@ -375,7 +388,8 @@ impl Stopped<'_> {
         Ok(points.len())
     }
 
-    /// Returns to the latest snapshot, which stays.
+    /// Returns to the latest snapshot, which stays. Ends all threads that were made
+    /// since.
     ///
     /// Costs a copy of each page that was written since (and of some that
     /// earlier runs wrote), and host calls for what the program did to
@@ -388,9 +402,16 @@ impl Stopped<'_> {
     pub fn restore(&mut self) -> Result<Restored, SnapshotError> {
         let program = self.served().ok_or(SnapshotError::None)?;
         let served = program.served().ok_or(SnapshotError::None)?;
+        if locked(&served.points).is_empty() {
+            return Err(SnapshotError::None);
+        }
+        self.can_run = false;
+        if let Err(finish) = program.threads.gather(program.pid()) {
+            program.threads.end(program.pid(), finish);
+            return Err(SnapshotError::Ended);
+        }
         let points = locked(&served.points);
         let state = points.last().ok_or(SnapshotError::None)?;
-        self.can_run = false;
         let watch = served.take_watch();
         let restored = {
             let mut all = program.memory_mut();
@@ -533,8 +554,7 @@ impl Stopped<'_> {
             },
         );
         Interrupter {
-            pid: program.pid(),
-            tid: program.pid(),
+            program: Arc::clone(program),
             run,
             interrupt,
         }
@@ -618,6 +638,8 @@ impl Guard {
     }
 
     /// If `trap` is the program's arrival at the marker: stops for the service.
+    /// Threads other than the first pass by: the service returns to a snapshot
+    /// with the first one.
     pub(crate) fn look_for_marker(
         &mut self,
         trap: Trap,
@@ -627,7 +649,9 @@ impl Guard {
         let Some(served) = program.served() else {
             return Ok(None);
         };
+        let is_leader = self.tid == program.pid();
         let arrived = match (trap, &served.marker) {
+            (Trap::Syscall, _) if !is_leader => false,
             (Trap::Syscall, Some(Marker::Call)) => {
                 let is_marker =
                     user.regs.rax as u32 == __NR_prctl && user.regs.rdi as u32 == MARKER_OPTION;
@@ -671,6 +695,9 @@ impl Guard {
                         user.regs.rip = breakpoint.at();
                         if breakpoint.remove(self).is_err() {
                             return Ok(Some(Resume::Killed(crate::signal::SIGTRAP)));
+                        }
+                        if !is_leader {
+                            return Ok(Some(Resume::Continue));
                         }
                         true
                     }
@@ -747,11 +774,16 @@ impl Guard {
         user: &mut UserState,
     ) -> Result<Next, EngineError> {
         let program = Arc::clone(&self.program);
-        let alone = program.threads.lock().members().count() <= 1;
-        if !alone {
-            let gathered = program.threads.begin_replacing(program.pid(), self.tid);
-            if gathered.is_ok() {
-                program.threads.replaced();
+        if let Err(finish) = program.threads.gather(program.pid()) {
+            return finish.map(Next::Finish);
+        }
+        if let Some(served) = program.served() {
+            let changed = locked(&served.watch).limits;
+            let points = locked(&served.points);
+            if let Some(point) = points.last().filter(|_| changed) {
+                // What the run could not write or open, its service may. If this
+                // fails, so does the return.
+                let _ = point.restore_limits();
             }
         }
         self.tell_service(Event::Ended(ending), user)

@@ -45,6 +45,19 @@ impl Ranges {
         }
     }
 
+    /// How many ranges there are.
+    pub(crate) fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Makes one range of all, with what lies between them.
+    pub(crate) fn fill_gaps(&mut self) {
+        let ends = (self.map.first_key_value(), self.map.last_key_value());
+        if let (Some((&start, _)), Some((_, &end))) = ends {
+            self.map = BTreeMap::from([(start, end)]);
+        }
+    }
+
     /// Whether the page of `addr` is in the set.
     pub(crate) fn contains(&self, addr: u64) -> bool {
         self.map
@@ -108,6 +121,17 @@ mod tests {
 
     fn pages(first: u64, count: u64) -> PageRange {
         PageRange::new(BASE + first * PAGE_SIZE, count * PAGE_SIZE).unwrap()
+    }
+
+    #[test]
+    fn gaps_are_filled() {
+        let mut ranges = Ranges::default();
+        for first in [3, 9, 20] {
+            ranges.insert(pages(first, 2));
+        }
+        assert_eq!(ranges.len(), 3);
+        ranges.fill_gaps();
+        assert_eq!(ranges.parts_of(pages(0, PAGES)), [pages(3, 19)]);
     }
 
     proptest! {

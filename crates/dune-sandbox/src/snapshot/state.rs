@@ -5,15 +5,15 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use linux_raw_sys::general::{
-    __NR_fchdir, __NR_getitimer, __NR_kill, __NR_openat, __NR_prctl, __NR_rt_sigpending,
-    __NR_rt_sigtimedwait, __NR_setitimer, __NR_umask, __NR_wait4, AT_FDCWD, O_CLOEXEC, O_DIRECTORY,
-    O_PATH, SIGKILL, WNOHANG,
+    __NR_fchdir, __NR_getitimer, __NR_kill, __NR_openat, __NR_prctl, __NR_prlimit64,
+    __NR_rt_sigpending, __NR_rt_sigtimedwait, __NR_setitimer, __NR_umask, __NR_wait4, AT_FDCWD,
+    O_CLOEXEC, O_DIRECTORY, O_PATH, RLIM_NLIMITS, SIGKILL, WNOHANG,
 };
 use linux_raw_sys::prctl::{PR_GET_NAME, PR_SET_NAME};
 
 use super::descriptors::{Descriptors, into_high};
 use super::watch::Watch;
-use crate::calls::process::Process;
+use crate::calls::process::{Limit, Process};
 use crate::calls::{forward_always, own, own_mut};
 use crate::engine::{EngineError, UserState};
 use crate::guard::Guard;
@@ -37,6 +37,8 @@ pub(crate) struct State {
     name: [u8; 16],
     directory: RawFd,
     umask: u64,
+    /// As the host process has them, by number.
+    limits: [Limit; RLIM_NLIMITS as usize],
     timers: [[u64; 4]; TIMERS],
     pending: SigSet,
     /// What the program had done between the snapshot before this one and this
@@ -71,6 +73,11 @@ impl State {
         let mut name = [0; 16];
         let get = [u64::from(PR_GET_NAME), own_mut(&mut name), 0, 0, 0, 0];
         let _ = forward_always(__NR_prctl, get);
+        let mut limits = [[0; 2]; RLIM_NLIMITS as usize];
+        for (resource, limit) in limits.iter_mut().enumerate() {
+            let get = [0, resource as u64, 0, own_mut(limit), 0, 0];
+            forward_always(__NR_prlimit64, get).map_err(failed("a resource limit"))?;
+        }
         let descriptors = Descriptors::take(&program).map_err(failed("a descriptor"))?;
         let tid = guard.tid;
         let dispositions = program.dispositions().clone();
@@ -88,6 +95,7 @@ impl State {
             name,
             directory,
             umask,
+            limits,
             timers,
             pending: pending(),
             before: program.watch_taken(),
@@ -95,7 +103,7 @@ impl State {
     }
 
     /// Gives the program all of it back. Host calls are made for what `watch`
-    /// names, and nothing else.
+    /// names, and where signals may wait: those come from anywhere.
     pub(crate) fn restore(
         &self,
         guard: &mut Guard,
@@ -117,9 +125,16 @@ impl State {
             .engine
             .load_xstate(&self.xstate)
             .map_err(StateError::Engine)?;
+        // Only what is blocked waits.
+        if guard.signals.mask != 0 || guard.all_blocked {
+            forget_signals(pending() & !self.pending);
+        }
         let disturbed = record::is_disturbed();
         // What the run that ended was about to be told.
-        let _ = record::take();
+        if record::take().is_some() {
+            // Since that came all are blocked, and others may wait behind it.
+            forget_signals(pending() & !self.pending);
+        }
         if disturbed || guard.signals.mask != self.signals.mask || guard.all_blocked {
             host::set_mask(self.signals.mask);
         }
@@ -131,6 +146,10 @@ impl State {
     fn restore_process(&self, program: &Program, watch: &Watch) -> Result<(), StateError> {
         for &child in &watch.children {
             end_child(child);
+        }
+        if watch.limits {
+            // Before descriptors, whose numbers are limited.
+            self.restore_limits().map_err(failed("a resource limit"))?;
         }
         self.descriptors
             .restore(program, watch)
@@ -152,8 +171,23 @@ impl State {
             let set = [u64::from(PR_SET_NAME), own(&self.name), 0, 0, 0, 0];
             let _ = forward_always(__NR_prctl, set);
         }
-        if watch.signals {
-            forget_signals(pending() & !self.pending);
+        Ok(())
+    }
+
+    /// Gives back the resource limits of the host process.
+    ///
+    /// # Errors
+    ///
+    /// What the host kernel said; no hard limit was lowered since, so that there
+    /// is no reason for it.
+    pub(crate) fn restore_limits(&self) -> Result<(), Errno> {
+        for (resource, limit) in self.limits.iter().enumerate() {
+            let resource = resource as u64;
+            let mut now: Limit = [0; 2];
+            forward_always(__NR_prlimit64, [0, resource, 0, own_mut(&mut now), 0, 0])?;
+            if now != *limit {
+                forward_always(__NR_prlimit64, [0, resource, own(limit), 0, 0, 0])?;
+            }
         }
         Ok(())
     }

@@ -23,10 +23,10 @@ pub(crate) struct Watch {
     pub(crate) directory: bool,
     pub(crate) umask: bool,
     pub(crate) timers: bool,
-    /// Signals were sent.
-    pub(crate) signals: bool,
-    /// What is kept of the process: names, limits.
+    /// What is kept of the process: names, and the limits that the guard keeps.
     pub(crate) process: bool,
+    /// Resource limits.
+    pub(crate) limits: bool,
     /// Processes that were made.
     pub(crate) children: BTreeSet<u32>,
 }
@@ -41,8 +41,8 @@ impl Watch {
                 || self.directory
                 || self.umask
                 || self.timers
-                || self.signals
-                || self.process)
+                || self.process
+                || self.limits)
     }
 
     /// Adds what happened earlier.
@@ -54,8 +54,8 @@ impl Watch {
         self.directory |= earlier.directory;
         self.umask |= earlier.umask;
         self.timers |= earlier.timers;
-        self.signals |= earlier.signals;
         self.process |= earlier.process;
+        self.limits |= earlier.limits;
     }
 
     /// Notes a call that was answered.
@@ -89,16 +89,22 @@ impl Watch {
             __NR_chdir | __NR_fchdir => self.directory = true,
             __NR_umask => self.umask = true,
             __NR_alarm | __NR_setitimer => self.timers = true,
+            // Each return looks for signals that wait.
             __NR_kill
             | __NR_tkill
             | __NR_tgkill
             | __NR_rt_sigqueueinfo
             | __NR_rt_tgsigqueueinfo
             | __NR_timer_create
-            | __NR_timer_settime => {
-                self.signals = true;
+            | __NR_timer_settime => {}
+            __NR_prctl => self.process = true,
+            __NR_getrlimit => {}
+            // Only asks.
+            __NR_prlimit64 if args[2] == 0 => {}
+            __NR_setrlimit | __NR_prlimit64 => {
+                self.process = true;
+                self.limits = true;
             }
-            __NR_prctl | __NR_setrlimit | __NR_prlimit64 => self.process = true,
             __NR_fork | __NR_vfork | __NR_clone | __NR_clone3 => {
                 self.any_descriptor = true;
                 if let Answer::Return(Ok(child)) = answer {

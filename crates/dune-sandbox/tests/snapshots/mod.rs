@@ -132,3 +132,47 @@ pub(crate) fn a_run_without_end_is_interrupted(placement: &str) {
         "Interrupted\nInterrupted\nEnd(Exit(0))\nInterrupted\nInterrupted\n",
     );
 }
+
+pub(crate) fn a_run_whose_first_thread_has_ended_is_interrupted(placement: &str) {
+    expect(
+        placement,
+        &["interrupt", "5", "left_behind"],
+        "Interrupted\nInterrupted\nEnd(Exit(0))\nInterrupted\nInterrupted\n",
+    );
+}
+
+pub(crate) fn memory_that_cannot_be_written_comes_back(placement: &str) {
+    let expected = "Exit(0)\n".repeat(6);
+    expect(placement, &["endings", "6", "closed"], &expected);
+}
+
+pub(crate) fn a_return_from_the_marker_ends_the_other_threads(placement: &str) {
+    expect(placement, &["rewind", "0", "elsewhere"], "End(Exit(3))\n");
+}
+
+pub(crate) fn a_run_that_ends_while_it_is_replaced_is_over(placement: &str, runs: &str) {
+    let output = run(placement, &["endings", runs, "execve_race"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let ends = text
+        .lines()
+        .filter(|line| matches!(*line, "Exit(7)" | "Exit(0)"));
+    assert_eq!(ends.count().to_string(), runs, "{text} {errors}");
+    assert_eq!(text.lines().count().to_string(), runs, "{text} {errors}");
+    assert!(output.status.success(), "{:?} {errors}", output.status);
+}
+
+pub(crate) fn the_guard_keeps_half_of_its_address_space(placement: &str) {
+    let expected = "Exit(0)\nKilled(9)\nExit(0)\nKilled(9)\nExit(0)\n";
+    expect(placement, &["endings", "5", "vast"], expected);
+}
+
+pub(crate) fn numbers_of_descriptors_stay_the_programs(placement: &str) {
+    let expected = "Exit(0)\n".repeat(5);
+    expect(placement, &["endings", "5", "numbers"], &expected);
+}
+
+pub(crate) fn limits_and_late_signals_do_not_outlive_a_run(placement: &str) {
+    let expected = "Exit(0)\n".repeat(4);
+    expect(placement, &["endings", "4", "limits"], &expected);
+}

@@ -22,6 +22,13 @@ pub(crate) fn run(name: &str) -> ! {
         "threads_before" => threads_before(),
         "endless" => endless(),
         "endings" => endings(),
+        "closed" => closed(),
+        "elsewhere" => elsewhere(),
+        "execve_race" => execve_race(),
+        "vast" => vast(),
+        "numbers" => numbers(),
+        "limits" => limits(),
+        "left_behind" => left_behind(),
         other => panic!("no program {other}"),
     }
 }
@@ -398,6 +405,277 @@ fn endless() -> ! {
         },
         _ => exit(0),
     }
+}
+
+/// As [`endless`], but the first thread has ended.
+fn left_behind() -> ! {
+    marker();
+    let input = input()[0];
+    let busy = std::thread::spawn(move || {
+        loop {
+            match input {
+                0 => std::hint::spin_loop(),
+                1 => std::thread::sleep(std::time::Duration::from_secs(1000)),
+                _ => exit(0),
+            }
+        }
+    });
+    // SAFETY: the thread alone.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    let _ = busy.join();
+    exit(1)
+}
+
+fn last_errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// Has the kernel write where the program cannot, and discards what it cannot
+/// write; and looks whether that came back.
+fn closed() -> ! {
+    let none = map(4, RW);
+    let read_only = map(4, RW);
+    let World { file, .. } = World::new();
+    // Mappings of a file with contents of their own, which stay so.
+    let of_file = || {
+        let place = std::ptr::null_mut();
+        // SAFETY: new memory.
+        let at = unsafe { libc::mmap(place, 2 * PAGE, RW, libc::MAP_PRIVATE, file, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast::<u8>()
+    };
+    let (file_read_only, file_none) = (of_file(), of_file());
+    let all = [
+        (none, 4, 0x11, libc::PROT_NONE),
+        (read_only, 4, 0x22, libc::PROT_READ),
+        (file_read_only, 2, 0x33, libc::PROT_READ),
+        (file_none, 2, 0x44, libc::PROT_NONE),
+    ];
+    for (at, pages, byte, rights) in all {
+        // SAFETY: the program's own memory.
+        unsafe {
+            at.write_bytes(byte, pages * PAGE);
+            libc::mprotect(at.cast(), pages * PAGE, rights);
+        }
+    }
+    marker();
+    match input()[0] {
+        0 | 4 => {
+            for at in [none, read_only, file_read_only, file_none] {
+                let parts = [libc::iovec {
+                    iov_base: at.cast(),
+                    iov_len: PAGE,
+                }];
+                // SAFETY: the kernel writes nowhere.
+                unsafe {
+                    assert_eq!(libc::pread(file, at.cast(), PAGE, 0), -1);
+                    assert_eq!(last_errno(), libc::EFAULT);
+                    assert_eq!(libc::preadv(file, parts.as_ptr(), 1, 0), -1);
+                    assert_eq!(last_errno(), libc::EFAULT);
+                }
+            }
+            for at in [file_read_only, file_none] {
+                // SAFETY: the program's own memory.
+                let discarded = unsafe { libc::madvise(at.cast(), PAGE, libc::MADV_DONTNEED) };
+                assert_eq!(discarded, 0);
+            }
+        }
+        // SAFETY: the program's own memory; the kernel writes it while the
+        // other thread waits.
+        2 => unsafe {
+            let mut ends = [0; 2];
+            assert_eq!(libc::pipe(ends.as_mut_ptr()), 0);
+            let address = none.addr();
+            let waits = std::thread::spawn(move || {
+                let at = std::ptr::with_exposed_provenance_mut::<c_void>(address);
+                libc::read(ends[0], at, PAGE)
+            });
+            none.expose_provenance();
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            libc::mprotect(none.cast(), PAGE, RW);
+            assert_eq!(libc::write(ends[1], [0x99_u8; 64].as_ptr().cast(), 64), 64);
+            assert_eq!(waits.join().unwrap(), 64);
+            assert_eq!(none.read(), 0x99);
+        },
+        _ => {
+            for (at, pages, byte, _) in all {
+                // SAFETY: the program's own memory.
+                unsafe {
+                    libc::mprotect(at.cast(), pages * PAGE, libc::PROT_READ);
+                    for offset in 0..pages * PAGE {
+                        assert_eq!(at.add(offset).read(), byte, "{byte:#x} at {offset:#x}");
+                    }
+                }
+            }
+        }
+    }
+    exit(0)
+}
+
+/// Comes to the marker with threads beside it, and with one that is not the
+/// first.
+fn elsewhere() -> ! {
+    marker();
+    let run = input()[0];
+    let _busy = std::thread::spawn(|| {
+        loop {
+            // SAFETY: a count that this thread alone changes.
+            unsafe { BUFFER[0] = BUFFER[0].wrapping_add(1) };
+        }
+    });
+    let _waits = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_secs(1000)));
+    let other = std::thread::spawn(|| {
+        let option = dune_sandbox::snapshot::MARKER_OPTION as i32;
+        // SAFETY: an option that no kernel knows.
+        (unsafe { libc::prctl(option, 0, 0, 0, 0) }, last_errno())
+    });
+    assert_eq!(other.join().unwrap(), (-1, libc::EINVAL));
+    if run < 3 {
+        marker();
+        exit(50)
+    }
+    exit(run.into())
+}
+
+/// One thread replaces the program while the first one ends it.
+fn execve_race() -> ! {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static GO: AtomicBool = AtomicBool::new(false);
+    marker();
+    let delay = u64::from(input()[0]) * 40;
+    // SAFETY: one thread, and the buffer's own length.
+    unsafe { (&raw mut BUFFER).cast::<u8>().write_bytes(1, 4 * PAGE) };
+    let _replaces = std::thread::spawn(|| {
+        GO.store(true, Ordering::SeqCst);
+        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        // SAFETY: strings.
+        unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        exit(60)
+    });
+    while !GO.load(Ordering::SeqCst) {
+        std::hint::spin_loop();
+    }
+    for _ in 0..delay {
+        std::hint::spin_loop();
+    }
+    exit(7)
+}
+
+/// Has more address space than the guard may set aside.
+fn vast() -> ! {
+    const PIECE: usize = 10 << 40;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let pieces: Vec<_> = (0..4)
+        .map(|_| {
+            let place = std::ptr::null_mut();
+            // SAFETY: new memory.
+            let at = unsafe { libc::mmap(place, PIECE, libc::PROT_NONE, flags, -1, 0) };
+            assert_ne!(at, libc::MAP_FAILED);
+            at
+        })
+        .collect();
+    marker();
+    if input()[0] % 2 == 1 {
+        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        // SAFETY: strings.
+        unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        exit(60)
+    }
+    // SAFETY: the program's own memory.
+    let outcomes = pieces.iter().map(|&at| unsafe { libc::munmap(at, PIECE) });
+    let outcomes: Vec<_> = outcomes.collect();
+    assert_eq!(last_errno(), libc::ENOMEM);
+    assert_eq!(outcomes, [0, 0, 0, -1]);
+    std::thread::spawn(|| ()).join().unwrap();
+    exit(0)
+}
+
+fn limit_of(resource: u32) -> libc::rlimit {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: one limit.
+    assert_eq!(unsafe { libc::getrlimit(resource, &raw mut limit) }, 0);
+    limit
+}
+
+fn set_soft_limit(resource: u32, soft: u64) {
+    let mut limit = limit_of(resource);
+    limit.rlim_cur = soft;
+    // SAFETY: one limit.
+    assert_eq!(unsafe { libc::setrlimit(resource, &raw const limit) }, 0);
+}
+
+/// Gives up descriptors of the snapshot where the guard puts its own.
+fn numbers() -> ! {
+    const ABOVE: i32 = 250;
+    const BELOW: i32 = 40;
+    set_soft_limit(libc::RLIMIT_NOFILE, 300);
+    for number in [ABOVE, BELOW] {
+        // SAFETY: no memory.
+        assert_eq!(unsafe { libc::dup2(1, number) }, number);
+    }
+    set_soft_limit(libc::RLIMIT_NOFILE, ABOVE as u64);
+    marker();
+    let run = input()[0];
+    // SAFETY: no memory.
+    let flags = [ABOVE, BELOW].map(|number| unsafe { libc::fcntl(number, libc::F_GETFD) });
+    assert_eq!(flags, [0, 0]);
+    assert_eq!(limit_of(libc::RLIMIT_NOFILE).rlim_cur, ABOVE as u64);
+    let number = if run.is_multiple_of(2) { ABOVE } else { BELOW };
+    set_soft_limit(libc::RLIMIT_NOFILE, number as u64);
+    // SAFETY: no memory.
+    assert_eq!(unsafe { libc::close(number) }, 0);
+    // Each time more of them, so that not all have a virtual CPU that was there.
+    let barrier = std::sync::Barrier::new(usize::from(run) + 1);
+    std::thread::scope(|scope| {
+        for _ in 0..=run {
+            scope.spawn(|| barrier.wait());
+        }
+    });
+    exit(0)
+}
+
+/// Lowers limits, and leaves a signal behind.
+fn limits() -> ! {
+    const LOWERED: [u32; 3] = [libc::RLIMIT_FSIZE, libc::RLIMIT_NOFILE, libc::RLIMIT_NPROC];
+    let before = LOWERED.map(|resource| limit_of(resource).rlim_cur);
+    marker();
+    let now = LOWERED.map(|resource| limit_of(resource).rlim_cur);
+    assert_eq!(now, before);
+    let run = input()[0];
+    if run == 0 {
+        for resource in LOWERED {
+            let limit = limit_of(resource);
+            let lower = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: limit.rlim_max - 1,
+            };
+            // SAFETY: one limit.
+            assert_eq!(unsafe { libc::setrlimit(resource, &raw const lower) }, -1);
+            assert_eq!(last_errno(), libc::EPERM);
+            set_soft_limit(resource, 0);
+        }
+    }
+    if run == 1 {
+        let blocked = 1_u64 << (libc::SIGALRM - 1);
+        // SAFETY: sets and a timer, made for the calls.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigaddset(&raw mut set, libc::SIGALRM);
+            libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            let mut timer: libc::itimerval = std::mem::zeroed();
+            timer.it_value.tv_usec = 10_000;
+            libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
+            let mut waiting = 0_u64;
+            while waiting & blocked == 0 {
+                let set = &raw mut waiting;
+                libc::syscall(libc::SYS_rt_sigpending, set, size_of::<u64>());
+            }
+        }
+    }
+    exit(0)
 }
 
 /// Ends in every way there is.

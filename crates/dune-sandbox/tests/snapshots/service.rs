@@ -40,6 +40,11 @@ pub(crate) fn of(name: &str, runs: u64) -> Box<dyn Service> {
             each: |done| vec![(done % 3) as u8],
             told: Told::Interrupts,
         }),
+        "rewind" => Box::new(Rewind {
+            done: 0,
+            threads: 0,
+            input,
+        }),
         "leaks" => Box::new(Leaks {
             runs,
             done: 0,
@@ -252,6 +257,8 @@ impl Service for Runs {
         let done = match event {
             Event::Marker => program.push().map(drop),
             Event::Ended(ending) => {
+                // Whatever the run did to its limits, a service may write.
+                self.input.0.write_all(b"a service's file").unwrap();
                 match (&self.told, ending) {
                     (Told::Nothing, _) => {}
                     (Told::Ends, Ending::End(end)) => println!("{end:?}"),
@@ -283,6 +290,64 @@ impl Service for Runs {
     fn descriptors(&self) -> Vec<RawFd> {
         vec![self.input.0.as_raw_fd()]
     }
+}
+
+/// Returns to its snapshot wherever the program comes to the marker again.
+struct Rewind {
+    done: u8,
+    /// How many the process had at the snapshot, KVM's own among them.
+    threads: usize,
+    input: Input,
+}
+
+impl Service for Rewind {
+    fn event(&mut self, event: Event, program: &mut Stopped<'_>) -> Next {
+        let done = match event {
+            Event::Marker if program.depth() == 0 => {
+                self.threads = threads();
+                program.push().map(drop)
+            }
+            Event::Marker => {
+                self.done += 1;
+                let restored = program.restore().map(drop);
+                if !becomes(self.threads) {
+                    println!("threads of run {} run on", self.done);
+                    return Next::Finish(End::Exit(1));
+                }
+                restored
+            }
+            Event::Ended(ending) => {
+                println!("{ending:?}");
+                return Next::Finish(End::Exit(0));
+            }
+        };
+        if let Err(error) = done {
+            return failed(&error);
+        }
+        self.input.give(&[self.done], program);
+        Next::Continue
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        vec![self.input.0.as_raw_fd()]
+    }
+}
+
+/// Threads of this process.
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Whether there are `count` threads. Those that end are gone a moment after the
+/// program has heard of it.
+fn becomes(count: usize) -> bool {
+    for _ in 0..500 {
+        if threads() == count {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
 }
 
 fn block_signals() -> libc::sigset_t {

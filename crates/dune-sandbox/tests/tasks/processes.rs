@@ -24,6 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     ("vfork_shares_memory", vfork_shares_memory),
     ("vfork_beside_writers", vfork_beside_writers),
     ("vfork_and_the_heap", vfork_and_the_heap),
+    ("vfork_and_reservations", vfork_and_reservations),
     ("spawn_errors_are_told", spawn_errors_are_told),
     ("children_end_by_signals", children_end_by_signals),
     ("children_tell_their_end", children_tell_their_end),
@@ -403,6 +404,35 @@ fn vfork_and_the_heap() {
         });
         drop(vec![1_u8; 5_000_000]);
     }
+}
+
+/// A child asks for a read into memory that it cannot write: nothing comes of it,
+/// and nothing is spent on it.
+fn vfork_and_reservations() {
+    const LEN: usize = 1 << 30;
+    static PLACE: AtomicU64 = AtomicU64::new(0);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: new memory.
+    let at = unsafe { libc::mmap(ptr::null_mut(), LEN, libc::PROT_NONE, flags, -1, 0) };
+    PLACE.store(at.expose_provenance() as u64, Ordering::SeqCst);
+    let child = vfork_and(|| {
+        // SAFETY: a string.
+        let zero = unsafe { libc::open(c"/dev/zero".as_ptr(), libc::O_RDONLY) };
+        let at = ptr::with_exposed_provenance_mut(PLACE.load(Ordering::SeqCst) as usize);
+        // SAFETY: the memory is there, and cannot be written.
+        unsafe { libc::read(zero, at, LEN) };
+        end(errno())
+    });
+    let mut status = 0;
+    // SAFETY: numbers alone.
+    let mut used: libc::rusage = unsafe { core::mem::zeroed() };
+    // SAFETY: a number and a structure.
+    unsafe { libc::wait4(child, &raw mut status, 0, &raw mut used) };
+    println!(
+        "{} {}",
+        status >> 8 == libc::EFAULT,
+        used.ru_maxrss < 400_000
+    );
 }
 
 fn spawn_errors_are_told() {
