@@ -95,6 +95,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         if name == "sandbox" {
             install_peers();
         }
+        if name == "snapshots"
+            && let Err(error) = snapshot_target()
+        {
+            // Named in the table: no reason to stop.
+            eprintln!("cargo xtask: {error:#}");
+        }
         if name == "memory" {
             gc_programs::prepare()?;
         }
@@ -144,6 +150,16 @@ fn install_peers() {
             eprintln!("cargo xtask: {error}");
         }
     }
+}
+
+/// Compiles the target that fuzzers run, with a fuzzer's fork server in it.
+fn snapshot_target() -> Result<()> {
+    let source = workspace().join("crates/dune-bench/programs/snapshots/target.c");
+    let compiler = tool("afl-cc", "afl++").require()?;
+    let mut compile = Command::new(compiler);
+    compile.env("AFL_QUIET", "1").arg("-O2").arg("-o");
+    compile.arg(target_folder().join("release/snapshot-target"));
+    succeed(compile.arg(source))
 }
 
 fn suite(program: &Path, name: &str, args: &BenchArgs, results: &Path) -> Result<bool> {

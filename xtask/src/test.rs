@@ -41,6 +41,7 @@ const PROGRAMS: &[Tool] = &[
     // For its library, which is read in a compartment.
     tool("xmlwf", "expat"),
     tool("sqlite3", "sqlite3"),
+    tool("afl-fuzz", "afl++"),
     tool("strace", "strace"),
     tool("gdb", "gdb"),
     tool("gcc", "gcc"),

@@ -4,6 +4,7 @@
 //!   main     the command line
 //!   memory/  the ways of finding out which pages were written, a file each
 //!   collectors/  garbage collectors: whole programs under dune-gc and libgc
+//!   snapshots/   returns to a snapshot, and runs of a fuzzer's target
 //!   crossings/  a file each: the Linux way and the Dune way of the same thing
 //!   sandbox/    whole programs under `dune run` and under other sandboxes
 //!   operations/ the program of its own that all of those run
@@ -25,6 +26,7 @@ mod memory;
 mod meter;
 mod report;
 mod sandbox;
+mod snapshots;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,8 @@ enum Bench {
     /// Which pages were written: page protection, the kernel's ways, KVM's log, Dune; and
     /// garbage collectors that use it.
     Memory(MemoryArguments),
+    /// Snapshots of programs: what a return costs, and a run beside fork servers.
+    Snapshots(SnapshotsArguments),
     /// Programs in the sandbox, natively, and under its peers.
     Sandbox(SandboxArguments),
     /// The ptrace-based tracer of `sandbox`.
@@ -59,6 +63,22 @@ enum Bench {
         /// The program and its arguments.
         #[arg(required = true, trailing_var_arg = true)]
         command: Vec<OsString>,
+    },
+    /// The sandbox whose returns `snapshots` measures.
+    #[command(hide = true)]
+    SnapshotSandbox {
+        /// `guest` or `host`.
+        placement: String,
+        /// How many pages the program writes.
+        pages: u32,
+        /// How many returns are measured.
+        samples: usize,
+    },
+    /// The program in it.
+    #[command(hide = true)]
+    SnapshotProgram {
+        /// How many pages it writes.
+        pages: u32,
     },
     /// The CPU-bound program that `core` runs natively and under `dune run`.
     #[command(hide = true)]
@@ -121,6 +141,26 @@ enum MemoryPart {
 }
 
 #[derive(Debug, clap::Args)]
+struct SnapshotsArguments {
+    /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "target/bench/snapshots.json"
+    )]
+    json: PathBuf,
+    /// Samples of each row, of which the median is reported.
+    #[arg(long, value_name = "N", default_value_t = 51, value_parser = clap::value_parser!(u32).range(3..))]
+    samples: u32,
+    /// The `dune` command; by default the one beside this program.
+    #[arg(long, value_name = "PATH")]
+    dune: Option<PathBuf>,
+    /// The target, compiled by afl-cc [default: the file snapshot-target beside this program].
+    #[arg(long, value_name = "PATH")]
+    target: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
 struct SandboxArguments {
     /// Where the JSON goes; `-` for standard output (the table then goes to standard error).
     #[arg(long, value_name = "PATH", default_value = "target/bench/sandbox.json")]
@@ -144,6 +184,13 @@ fn main() -> anyhow::Result<ExitCode> {
         Bench::Core(arguments) => run(Suite::Core, "core", arguments)?,
         Bench::Wedge(arguments) => run(Suite::Wedge, "wedge", arguments)?,
         Bench::Memory(arguments) => run_memory(arguments)?,
+        Bench::Snapshots(arguments) => run_snapshots(arguments)?,
+        Bench::SnapshotSandbox {
+            placement,
+            pages,
+            samples,
+        } => snapshots::restore::sandbox(&placement, pages, samples)?,
+        Bench::SnapshotProgram { pages } => snapshots::restore::program(pages),
         Bench::Sandbox(arguments) => run_sandbox(arguments)?,
         Bench::TraceCalls { command } => return sandbox::tracer::main(command),
         Bench::ComputeKernel => crossings::compute::main(),
@@ -196,6 +243,20 @@ fn run_memory(arguments: MemoryArguments) -> anyhow::Result<()> {
         (None, None) => return Ok(()),
     };
     publish(&arguments.json, &table, &json)
+}
+
+fn run_snapshots(arguments: SnapshotsArguments) -> anyhow::Result<()> {
+    let own = std::env::current_exe()?;
+    let beside = |name| own.with_file_name(name);
+    let choices = snapshots::Choices {
+        samples: arguments.samples as usize,
+        dune: arguments.dune.unwrap_or_else(|| beside("dune")),
+        target: arguments
+            .target
+            .unwrap_or_else(|| beside("snapshot-target")),
+    };
+    let matrix = snapshots::run(&choices, &clock::Clock::calibrate());
+    publish(&arguments.json, &matrix.table(), &matrix.json()?)
 }
 
 fn run_sandbox(arguments: SandboxArguments) -> anyhow::Result<()> {

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `dune run -- CMD` | [`run`]: the sandbox, with the engine that fits the machine |
 //! | `dune trace -- CMD` | [`trace`]: the same, with every system call decoded |
+//! | `dune snap -- CMD` | [`snap`]: the same, from a marker on again and again |
+//! | `dune wss -- CMD` | [`wss`]: the same, with which memory it uses over time |
 //! | `dune check` | [`check`]: what this machine offers |
 //! | `dune lab -- CMD` | crate `dune-lab` |
 //! | `dune syscalls` | [`syscalls`]: the sandbox's table of calls |
@@ -22,10 +24,12 @@ mod output;
 mod policy;
 mod report;
 mod run;
+mod snap;
 mod streams;
 mod syscalls;
 mod trace;
 mod watchdog;
+mod wss;
 
 use std::process::ExitCode;
 
@@ -50,6 +54,8 @@ struct Cli {
 enum Task {
     Run(run::RunArgs),
     Trace(trace::TraceArgs),
+    Snap(snap::SnapArgs),
+    Wss(wss::WssArgs),
     Check(check::CheckArgs),
     #[command(after_help = LAB_EXAMPLES)]
     Lab(dune_lab::LabArgs),
@@ -59,7 +65,7 @@ enum Task {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes of `run` and `lab`:
+Exit codes of `run`, `trace` and `lab`:
   0-124  the program's own (2 also: wrong usage of dune)
   124    it was ended by --timeout (as timeout(1) does)
   125    Dune failed (the message says why)
@@ -88,6 +94,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Task::Run(args) => run::run(&args),
         Task::Trace(args) => trace::trace(&args),
+        Task::Snap(args) => snap::snap(&args),
+        Task::Wss(args) => wss::wss(&args),
         Task::Check(args) => check::check(&args),
         Task::Lab(args) => return lab(&args),
         Task::Syscalls(args) => syscalls::list(&args),

@@ -7,9 +7,9 @@
 //! ```
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, ValueEnum};
@@ -83,7 +83,7 @@ Examples:
     gdb -ex 'set sysroot /' -ex 'target remote :1234' ./program";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Where {
+pub(crate) enum Where {
     /// The best that this machine has.
     Auto,
     /// At ring 0 of the guest: needs a KVM on VT-x or SVM.
@@ -126,28 +126,47 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 ///
 /// As [`run`], and if the trace cannot be written.
 pub(crate) fn run_traced(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
-    let placement = match args.placement {
+    match choose(args.placement)? {
+        Placement::Lab => in_lab(args, trace),
+        placement @ (Placement::InGuest | Placement::OnHost) => here(args, placement, trace),
+    }
+}
+
+/// Where the program is to run.
+///
+/// # Errors
+///
+/// If this machine has no such place, or it could not be found out.
+pub(crate) fn choose(asked: Option<Where>) -> anyhow::Result<Placement> {
+    let placement = match asked {
         None => probe::placement()?,
         Some(Where::Lab) => Placement::Lab,
         Some(place) => probe::probe().choose(place.into())?,
     };
-    match placement {
-        Placement::Lab => {
-            if !is_asked_for_the_lab(args) {
-                check_limits()?;
-            }
-            in_lab(args, trace)
-        }
-        Placement::InGuest | Placement::OnHost => here(args, placement, trace),
+    if placement == Placement::Lab && !is_asked_for_the_lab(asked) {
+        check_limits()?;
     }
+    Ok(placement)
 }
 
-fn is_asked_for_the_lab(args: &RunArgs) -> bool {
+fn is_asked_for_the_lab(asked: Option<Where>) -> bool {
     let lab = PlacementRequest::Only(Placement::Lab);
-    match args.placement {
+    match asked {
         Some(place) => PlacementRequest::from(place) == lab,
         None => probe::request_from_environment() == Ok(lab),
     }
+}
+
+/// The engine of a placement that is here.
+///
+/// # Errors
+///
+/// If KVM refuses it.
+pub(crate) fn engine(placement: Placement) -> anyhow::Result<Box<dyn Engine>> {
+    Ok(match placement {
+        Placement::OnHost => Box::new(OnHost::new()?),
+        Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
+    })
 }
 
 /// A KVM that could not be tried for want of descriptors or memory is no
@@ -178,7 +197,7 @@ fn here(
     if let Some(limit) = policy.limits().timeout {
         watchdog::start(limit, program_name(args), args.json)?;
     }
-    let mut command = command(args, policy);
+    let mut command = command(&args.command, &args.policy, policy, args.cwd.as_deref());
     if let Some(address) = &args.gdb {
         // Before the engine, so that its thread stays outside.
         command = command.debugger(wait_for_gdb(args, address)?);
@@ -187,10 +206,7 @@ fn here(
     if let Some(trace) = &trace {
         command = command.tracer(trace.tracer());
     }
-    let engine: Box<dyn Engine> = match placement {
-        Placement::OnHost => Box::new(OnHost::new()?),
-        Placement::InGuest | Placement::Lab => Box::new(InGuest::new()?),
-    };
+    let engine = engine(placement)?;
     let (engine, mut observer) = observed::observe(engine, args.stats || args.json)?;
     if args.policy.explain {
         command = command.explain_to(observer.another()?);
@@ -266,9 +282,15 @@ fn refusals(args: &RunArgs, outcome: &Outcome) -> Option<String> {
     })
 }
 
-fn command(args: &RunArgs, policy: Policy) -> Command {
+/// The program that `words` name, held by `policy`.
+pub(crate) fn command(
+    words: &[OsString],
+    options: &PolicyArgs,
+    policy: Policy,
+    directory: Option<&Path>,
+) -> Command {
     // Clap has made sure that there is at least one word.
-    let (program, arguments) = args.command.split_first().map_or_else(
+    let (program, arguments) = words.split_first().map_or_else(
         || (OsStr::new(""), [].as_slice()),
         |(program, rest)| (program.as_os_str(), rest),
     );
@@ -277,8 +299,8 @@ fn command(args: &RunArgs, policy: Policy) -> Command {
         // For Dune itself, not for the program.
         .env_remove(probe::PLACEMENT_VARIABLE)
         .policy(policy)
-        .second_wall(args.policy.second_wall());
-    if let Some(directory) = &args.cwd {
+        .second_wall(options.second_wall());
+    if let Some(directory) = directory {
         command = command.current_dir(directory);
     }
     command
@@ -306,33 +328,65 @@ fn missing_calls(missing: &[MissingCall]) -> Option<String> {
 
 /// The same command again, inside of the lab, where KVM runs ring 0.
 fn in_lab(args: &RunArgs, trace: Option<&TraceOptions>) -> anyhow::Result<ExitCode> {
-    /// The lab's options as its own command line has them.
-    #[derive(Parser)]
-    struct Lab {
-        #[command(flatten)]
-        lab: dune_lab::LabArgs,
-    }
     if args.gdb.is_some() {
         bail!(
             "--gdb cannot reach into the lab, which has no network; it needs a KVM on this \
              machine (`dune check` says what there is)"
         );
     }
+    // Starting the lab takes time, too, which is not the program's.
+    let timeout = args.policy.policy()?.limits().timeout;
+    again_in_lab(
+        arguments_in_lab(args, trace),
+        timeout,
+        args.is_quiet(),
+        Vec::new(),
+    )
+}
+
+/// This command with these arguments, inside of the lab, where files that are
+/// written in `folders` stay.
+///
+/// # Errors
+///
+/// If it cannot be found.
+pub(crate) fn again_in_lab(
+    arguments: Vec<OsString>,
+    timeout: Option<Duration>,
+    is_quiet: bool,
+    folders: Vec<PathBuf>,
+) -> anyhow::Result<ExitCode> {
+    /// The lab's options as its own command line has them.
+    #[derive(Parser)]
+    struct Lab {
+        #[command(flatten)]
+        lab: dune_lab::LabArgs,
+    }
     let dune = std::env::current_exe().context("cannot find this program's own file")?;
     let mut words: Vec<OsString> = vec!["dune".into(), "--".into(), dune.into_os_string()];
-    words.extend(arguments_in_lab(args, trace));
+    words.extend(arguments);
     let mut lab = Lab::try_parse_from(words)
         .context("the lab's own command line")?
         .lab;
-    // Starting the lab takes time, too, which is not the program's.
-    lab.timeout = args.policy.policy()?.limits().timeout;
-    if !args.is_quiet() {
+    lab.timeout = timeout;
+    lab.share = folders;
+    if !is_quiet {
         eprintln!(
             "dune: running in the lab (`dune check` says why); files that the program writes are \
              discarded"
         );
     }
     Ok(crate::lab(&lab))
+}
+
+/// The folder that a file is in.
+pub(crate) fn folder_of(file: &Path) -> PathBuf {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    if folder.as_os_str().is_empty() {
+        PathBuf::from(".")
+    } else {
+        folder.to_owned()
+    }
 }
 
 /// The arguments of `dune` in the lab for what was asked for here.

@@ -29,28 +29,35 @@ static OVER_IN: AtomicU32 = AtomicU32::new(0);
 /// If no thread can be made.
 pub(crate) fn start(limit: Duration, program: String, json: bool) -> anyhow::Result<()> {
     family::adopt_orphans();
+    spawn_beside("watchdog", move || {
+        thread::sleep(limit);
+        OVER_IN.store(std::process::id(), Ordering::Release);
+        family::end_descendants();
+        let seconds = limit.as_secs_f64();
+        if json {
+            output::complain_in_json(&report::timeout(limit));
+        } else {
+            output::complain(&format!(
+                "{program} did not end within {seconds} s; raise --timeout"
+            ));
+        }
+        // SAFETY: ends the process at once: nothing of it is used any more.
+        unsafe { libc::_exit(TIME_IS_OVER.into()) }
+    })
+}
+
+/// Starts a thread beside the one that runs the program: it takes no signals.
+///
+/// # Errors
+///
+/// If no thread can be made.
+pub(crate) fn spawn_beside(name: &str, body: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let before = block_all_signals();
-    let thread = thread::Builder::new()
-        .name("watchdog".to_owned())
-        .spawn(move || {
-            thread::sleep(limit);
-            OVER_IN.store(std::process::id(), Ordering::Release);
-            family::end_descendants();
-            let seconds = limit.as_secs_f64();
-            if json {
-                output::complain_in_json(&report::timeout(limit));
-            } else {
-                output::complain(&format!(
-                    "{program} did not end within {seconds} s; raise --timeout"
-                ));
-            }
-            // SAFETY: ends the process at once: nothing of it is used any more.
-            unsafe { libc::_exit(TIME_IS_OVER.into()) }
-        });
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
     set_signal_mask(&before);
     thread
         .map(drop)
-        .context("cannot start the thread for --timeout; lower the load")
+        .with_context(|| format!("cannot start the thread {name}; lower the load"))
 }
 
 /// To be called when the program has ended: if its time is over, it may have ended because

@@ -9,20 +9,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dune_loader::{ImageError, find_command};
 
+use crate::calls::segment::Segment;
 use crate::clock;
 use crate::confine::{self, ConfineError, SecondWall};
 use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
 use crate::guard::{End, Guard, MissingCall};
 use crate::handler::{HandleError, Handlers, Request};
-use crate::host::SysResult;
+use crate::host::{Errno, SysResult};
 use crate::launch::{self, LaunchError};
 use crate::policy::enforced::Enforced;
 use crate::policy::{self, Policy, Refusal, RulesError};
 use crate::range::USER_HI;
 use crate::signal::{self, Dispositions, ThreadSignals};
-use crate::snapshot::{Marker, Served, Service, SymbolError};
+use crate::snapshot::{Event, Marker, Next, ResumeError, Resumed, Served, Service, SymbolError};
 use crate::trace::Tracer;
+use crate::working_set::{Running, Sampler};
 
 /// A program to be run, with its arguments and environment.
 ///
@@ -51,9 +53,12 @@ pub struct Command {
     own_checks: bool,
     explain: Option<Arc<File>>,
     crash_report: Option<Arc<File>>,
+    segments: Vec<i32>,
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
     service: Option<Arc<Mutex<Option<Served>>>>,
+    sampler: Option<Arc<Mutex<Option<Sampler>>>>,
+    resumed: Option<Arc<Mutex<Option<Resumed>>>>,
     debugger: Option<Arc<Debugger>>,
 }
 
@@ -107,6 +112,20 @@ pub enum RunError {
     /// The program cannot be stopped where it was asked for.
     #[error(transparent)]
     Symbol(#[from] SymbolError),
+    /// The engine does not say which memory the program uses.
+    #[error("this engine cannot say which memory a program uses; choose another placement")]
+    NotNoted,
+    /// The saved program cannot be resumed.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+    /// A segment of shared memory that the program is given is not there.
+    #[error("cannot find the shared memory {id}: {errno}; ipcs -m lists what there is")]
+    Segment {
+        /// Its id.
+        id: i32,
+        /// What the host kernel said.
+        errno: Errno,
+    },
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -148,11 +167,31 @@ impl Command {
             own_checks: true,
             explain: None,
             crash_report: None,
+            segments: Vec::new(),
             handlers: Handlers::default(),
             tracer: None,
             service: None,
+            sampler: None,
+            resumed: None,
             debugger: None,
         }
+    }
+
+    /// Resumes a program that [`Stopped::save`](crate::snapshot::Stopped::save)
+    /// has saved, from where it was then: in the folder, with the environment and
+    /// the open files that it had, with this process's standard input, output
+    /// and error. The file may come from anybody. If the program is
+    /// [served](Command::serve), it is at its marker at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ResumeError`], if the file is none, is damaged, or was saved on another
+    /// kind of CPU or under another kernel.
+    pub fn resume(file: File) -> Result<Self, ResumeError> {
+        let resumed = Resumed::read(file)?;
+        let mut this = Self::new(resumed.exe());
+        this.resumed = Some(Arc::new(Mutex::new(Some(resumed))));
+        Ok(this)
     }
 
     /// Describes the program's death by a signal in `file`: registers and a
@@ -199,6 +238,22 @@ impl Command {
     pub fn without_own_policy_checks(mut self) -> Self {
         self.own_checks = false;
         self
+    }
+
+    /// Hands pointers of forwarded calls to the kernel unchecked from now on, to
+    /// test that the wall of protection keys holds by itself.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_pointer_checks() {
+        crate::peel::skip_pointer_checks();
+    }
+
+    /// Makes calls as if there were no protection keys from now on, to test
+    /// that it is they that hold. Before there is an engine.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_wall() {
+        crate::peel::skip_wall();
     }
 
     /// Sets `argv[0]`, which otherwise is the program as given.
@@ -283,6 +338,15 @@ impl Command {
         self
     }
 
+    /// Lets the program attach the System V shared memory of this id, which it
+    /// has no other way to reach (`shmat`; it stays attached until the program
+    /// ends).
+    #[must_use]
+    pub fn segment(mut self, id: i32) -> Self {
+        self.segments.push(id);
+        self
+    }
+
     /// Stops the program at its first instruction until gdb is there, and has
     /// it debugged. Of clones of this command, the first that runs is.
     #[must_use]
@@ -298,6 +362,14 @@ impl Command {
     pub fn serve(mut self, marker: Marker, service: Box<dyn Service>) -> Self {
         let served = Served::new(marker, service);
         self.service = Some(Arc::new(Mutex::new(Some(served))));
+        self
+    }
+
+    /// Has `sampler` look at which memory the program uses. Of clones of this
+    /// command, the first that runs is sampled.
+    #[must_use]
+    pub fn sample(mut self, sampler: Sampler) -> Self {
+        self.sampler = Some(Arc::new(Mutex::new(Some(sampler))));
         self
     }
 
@@ -325,7 +397,14 @@ impl Command {
             .iter()
             .find(|(key, _)| key == "PATH")
             .map(|(_, value)| value.as_os_str());
-        let path = find_command(&self.program, search)?;
+        let resumed = self.resumed.and_then(|resumed| {
+            let mut resumed = resumed.lock().unwrap_or_else(PoisonError::into_inner);
+            resumed.take()
+        });
+        let path = match &resumed {
+            Some(resumed) => resumed.exe(),
+            None => find_command(&self.program, search)?,
+        };
         let name = self.name.as_ref().unwrap_or(&self.program);
         let argv = core::iter::once(name)
             .chain(&self.args)
@@ -358,7 +437,12 @@ impl Command {
             guard.program.set_debugger(debugger);
         }
         signal::host::forbid_core_dumps();
-        let needed = if policy.restricts_files() {
+        let segments = self.segments.iter().map(|&id| {
+            let found = Segment::of(id);
+            found.map_err(|errno| RunError::Segment { id, errno })
+        });
+        let segments = segments.collect::<Result<Vec<_>, _>>()?;
+        let needed = if policy.restricts_files() && resumed.is_none() {
             policy::needed::to_load(&path, &environment)?
         } else {
             Vec::new()
@@ -375,7 +459,7 @@ impl Command {
                 what: "the count of threads",
                 errno,
             })?;
-        guard.configure(policy, self.crash_report);
+        guard.configure(policy, segments, self.crash_report);
         let served = self.service.and_then(|service| {
             let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
             service.take()
@@ -385,12 +469,45 @@ impl Command {
             guard.serve(served);
         }
         let stack_limit = guard.program.process().limits.stack();
-        let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
-        let entry = prepared.entry();
-        let mut user = prepared.load(&mut guard)?;
+        let was_saved = resumed.is_some();
+        let (mut user, entry) = match resumed {
+            Some(resumed) => {
+                guard.program.hide(&[resumed.fd()]);
+                (resumed.load(&mut guard)?, 0)
+            }
+            None => {
+                let prepared = launch::prepare(&guard, &path, argv, &envp, stack_limit)?;
+                let entry = prepared.entry();
+                (prepared.load(&mut guard)?, entry)
+            }
+        };
         if is_served {
             guard.prepare_to_serve(&path, entry)?;
         }
+        if is_served
+            && was_saved
+            && let Next::Finish(end) = guard.tell_service(Event::Marker, &mut user)?
+        {
+            let (missing, (refused, refusals)) =
+                (guard.missing_calls(), guard.program.policy().refusals());
+            return Ok(Outcome {
+                end,
+                missing,
+                refused,
+                refusals,
+            });
+        }
+        let sampled = self.sampler.and_then(|sampler| {
+            let mut sampler = sampler.lock().unwrap_or_else(PoisonError::into_inner);
+            sampler.take()
+        });
+        let sampled = match sampled {
+            Some(sampler) => {
+                let usage = guard.engine.note_use().ok_or(RunError::NotNoted)?;
+                Some(sampler.begin(Arc::clone(&guard.program), usage))
+            }
+            None => None,
+        };
         if let Some(debugger) = &self.debugger {
             debugger.begin(&guard.program, guard.engine.xcr0());
         }
@@ -399,6 +516,9 @@ impl Command {
             debugger.end(end.as_ref().ok().copied());
         }
         let end = end?;
+        if let Some(error) = sampled.and_then(Running::end) {
+            return Err(error.into());
+        }
         let missing = guard.missing_calls();
         let (refused, refusals) = guard.program.policy().refusals();
         Ok(Outcome {

@@ -14,13 +14,15 @@ use std::sync::Arc;
 
 use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 
+use crate::bounce::Bounce;
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
+use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
 use crate::clock;
 use crate::crash::Crash;
 use crate::debug::hook::Event;
-use crate::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::engine::{Access, Engine, EngineError, PageFaultError, Passage, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
@@ -87,6 +89,8 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// What the kernel gets to see of the guard.
+    pub(crate) bounce: Bounce,
     /// What the call in hand holds, until it is done.
     pub(crate) pins: RefCell<Vec<Pin>>,
     /// The thread's id, the same for the program and the host.
@@ -119,6 +123,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         // The byte goes with the engine.
         record::set_kick(None);
+        record::set_passage(Passage::Open);
     }
 }
 
@@ -141,11 +146,13 @@ impl Guard {
         signals: ThreadSignals,
     ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
+        record::set_passage(engine.passage());
         Self {
             program,
             engine,
             signals,
             strings: Strings::default(),
+            bounce: Bounce::default(),
             pins: RefCell::default(),
             tid: thread_id(),
             clear_child_tid: 0,
@@ -166,7 +173,9 @@ impl Guard {
     pub fn run(&mut self, user: &mut UserState) -> Result<End, EngineError> {
         host::listen_to_kicks();
         // A program that has just begun is not ending.
-        let _ = self.program.threads.join(self.tid);
+        if !self.program.threads.has(self.tid) {
+            let _ = self.program.threads.join(self.tid);
+        }
         self.begin_debugging();
         self.live(user).unwrap_or(Ok(End::Exit(0)))
     }
@@ -418,16 +427,22 @@ impl Guard {
         }
     }
 
-    /// Sets what the program may do, and where its death is described. Only
+    /// Sets what the program may do and attach, and where its death is described. Only
     /// before it runs: nobody else may know of it yet.
     ///
     /// # Panics
     ///
     /// If somebody does.
-    pub(crate) fn configure(&mut self, policy: Enforced, crash_report: Option<Arc<File>>) {
+    pub(crate) fn configure(
+        &mut self,
+        policy: Enforced,
+        segments: Vec<Segment>,
+        crash_report: Option<Arc<File>>,
+    ) {
         // Going on without the policy is the one thing that must not happen.
         let program = Arc::get_mut(&mut self.program).expect("the program has not begun");
         program.set_policy(policy);
+        program.set_segments(segments);
         if let Some(file) = crash_report {
             program.set_crash_report(file);
         }

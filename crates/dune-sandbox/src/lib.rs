@@ -34,11 +34,12 @@
 //!
 //! # What is not here yet
 //!
-//! - System V shared memory, semaphores and queues, POSIX queues, `io_uring`,
+//! - System V shared memory (but what [`Command::segment`] gives), semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
+mod bounce;
 mod calls;
 mod clock;
 pub mod command;
@@ -50,6 +51,7 @@ pub mod guard;
 pub mod handler;
 pub mod host;
 pub mod launch;
+mod peel;
 pub mod policy;
 pub mod program;
 pub mod range;
@@ -63,6 +65,7 @@ pub mod trace;
 pub mod user;
 mod vfork;
 pub mod vma;
+pub mod working_set;
 
 pub use command::{Command, Outcome, RunError};
 pub use confine::SecondWall;

@@ -24,6 +24,7 @@ use std::sync::{
 
 use crate::calls::memory::Space;
 use crate::calls::process::Process;
+use crate::calls::segment::Segment;
 use crate::debug::Debugger;
 use crate::debug::control::{self, Control};
 use crate::engine::{Access, Engine, EngineError};
@@ -177,6 +178,8 @@ pub(crate) struct Program {
     missing: Mutex<BTreeMap<u32, u64>>,
     policy: Enforced,
     crash_report: Option<Arc<File>>,
+    /// Shared memory that it may attach.
+    segments: Vec<Segment>,
     /// Calls that the embedding program answers; set before the first runs.
     handlers: OnceLock<Handlers>,
     pid: AtomicU32,
@@ -191,11 +194,11 @@ pub(crate) struct Program {
     in_snapshot: AtomicBool,
     /// Who decides at markers and ends, if anybody does.
     served: Option<Served>,
-    /// Whether programs get a vDSO here.
-    shows_clock: AtomicBool,
     /// How a debugger stops threads, if there is one; set before the first
     /// runs.
     debugger: OnceLock<Arc<Control>>,
+    /// Whether programs get a vDSO here.
+    shows_clock: AtomicBool,
 }
 
 impl Program {
@@ -210,6 +213,7 @@ impl Program {
             missing: Mutex::default(),
             policy: Enforced::unrestricted(),
             crash_report: None,
+            segments: Vec::new(),
             handlers: OnceLock::new(),
             pid: AtomicU32::new(std::process::id()),
             tracer: OnceLock::new(),
@@ -256,6 +260,17 @@ impl Program {
         self.crash_report.as_deref()
     }
 
+    /// Sets which shared memory the program may attach, before it runs.
+    pub(crate) fn set_segments(&mut self, segments: Vec<Segment>) {
+        self.segments = segments;
+    }
+
+    /// The segment `id`, if the program may attach it.
+    pub(crate) fn segment(&self, id: i32) -> Option<Segment> {
+        let mut segments = self.segments.iter();
+        segments.find(|segment| segment.id() == id).copied()
+    }
+
     /// What the program may do.
     pub(crate) fn policy(&self) -> &Enforced {
         &self.policy
@@ -284,6 +299,11 @@ impl Program {
         }
         self.passing().retain(|&other| other != fd);
         close(fd);
+    }
+
+    /// Hides descriptors of the embedding program for good.
+    pub(crate) fn hide(&self, descriptors: &[RawFd]) {
+        replace_fds(&mut self.hidden_fds_mut(), &[], descriptors);
     }
 
     /// Has every call traced from now on. Only the first tracer counts.
@@ -332,9 +352,12 @@ impl Program {
         self.debugger.get()
     }
 
-    /// Whether programs get a vDSO here; not where their calls are to be seen.
+    /// Whether programs get a vDSO here; not where their calls are to be seen, nor where
+    /// their memory may be saved and be resumed elsewhere.
     pub(crate) fn shows_clock(&self) -> bool {
-        self.shows_clock.load(Ordering::Relaxed) && self.lets_calls_pass_unseen()
+        self.shows_clock.load(Ordering::Relaxed)
+            && self.lets_calls_pass_unseen()
+            && self.served.is_none()
     }
 
     /// Sets what the engine can do; before the first program.

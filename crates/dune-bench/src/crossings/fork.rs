@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "fork")]
 
 use super::Bench;
-use crate::meter::Figure;
+use crate::meter::{Figure, Meter};
 use crate::report::{DUNE, LINUX, Row};
 
 pub(crate) fn linux(bench: &Bench, row: &mut Row) {
@@ -15,7 +15,12 @@ pub(crate) fn dune(bench: &Bench, row: &mut Row) {
 }
 
 pub(super) fn fork(bench: &Bench) -> Figure {
-    bench.meter.with_at_most(11).measure(1, || {
+    run(&bench.meter)
+}
+
+/// The figure of a process that is made, ends, and is waited for.
+pub(crate) fn run(meter: &Meter) -> Figure {
+    meter.with_at_most(11).measure(1, || {
         // SAFETY: the child ends at once.
         let pid = unsafe { libc::fork() };
         if pid == 0 {

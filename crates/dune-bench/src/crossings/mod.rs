@@ -11,7 +11,7 @@ mod enter_leave;
 mod exception;
 mod first_touch;
 mod floors;
-mod fork;
+pub(crate) mod fork;
 mod forwarded_call;
 mod http;
 mod program;

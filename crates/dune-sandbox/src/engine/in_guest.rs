@@ -18,7 +18,7 @@
 )]
 
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,7 +26,10 @@ use dune::memory::{AddressSpace, PteFlags, SpaceError, VirtRange};
 use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
+};
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
 
@@ -35,6 +38,8 @@ const PAGE: u64 = 4096;
 const BLOCK: u64 = 64 << 10;
 /// What one fault admits at most.
 const MOST_AHEAD: u64 = 64 << 20;
+/// In pieces of this size memory is mapped by pages of 4 KiB.
+const BY_SMALL_PAGES: u64 = 1 << 20;
 
 /// What the entry stub answers, if the guard need not see every call.
 static ANSWERS: Answers = {
@@ -75,6 +80,25 @@ struct Space {
     /// Held while the tables are edited. The guard's lock of the memory is held around it, so
     /// that it is free at the moment of a `fork`.
     edit: Mutex<()>,
+    /// Whether the CPU shall set the accessed bits.
+    notes_use: AtomicBool,
+}
+
+/// For a thread that need not be in Dune mode.
+struct Used(Arc<Space>);
+
+impl Usage for Used {
+    fn collect(&self, seen: &mut dyn FnMut(PageRange)) -> Result<(), EngineError> {
+        let _edit = self.0.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0
+            .space
+            .clear_accessed(everything(), |leaf| seen_leaf(&leaf, seen))
+            .map_err(refused)
+    }
+
+    fn needs_host_change(&self) -> bool {
+        false
+    }
 }
 
 impl Space {
@@ -102,6 +126,10 @@ impl InGuest {
     ///
     /// If Dune mode cannot be entered.
     pub fn new() -> Result<Self, EngineError> {
+        // Natively: the rights that a wall gives and takes are the host's.
+        if !dune::is_inside() && super::build_wall().is_some() {
+            dune::signals::adopt_handlers();
+        }
         dune::enter().map_err(|error| EngineError::Kvm {
             what: "Dune mode",
             source: std::io::Error::other(error),
@@ -110,6 +138,7 @@ impl InGuest {
         Self::in_space(Arc::new(Space {
             space,
             edit: Mutex::new(()),
+            notes_use: AtomicBool::new(false),
         }))
     }
 
@@ -223,20 +252,35 @@ impl Engine for InGuest {
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
         let extent = self.extent(addr, area);
-        let range = virt_range(extent);
         let _edit = self
             .space
             .edit
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the guard has mapped the area for the program, revokes it before it unmaps
-        // it, and holds no reference into it.
-        unsafe {
-            self.space
-                .space
-                .replace_memory(range, extent.start(), user_flags(access))
+        let mut flags = user_flags(access);
+        let mut piece = extent.len();
+        if self.space.notes_use.load(Ordering::Relaxed) {
+            flags.remove(PteFlags::ACCESSED);
+            piece = piece.min(BY_SMALL_PAGES);
         }
-        .map_err(refused)
+        for at in (extent.start()..extent.end()).step_by(piece as usize) {
+            let Some(part) = PageRange::new(at, piece.min(extent.end() - at)) else {
+                continue;
+            };
+            // SAFETY: the guard has mapped the area for the program, revokes it before it
+            // unmaps it, and holds no reference into it.
+            let replaced = unsafe {
+                let space = &self.space.space;
+                space.replace_memory(virt_range(part), part.start(), flags)
+            };
+            replaced.map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    fn note_use(&mut self) -> Option<Box<dyn Usage>> {
+        self.space.notes_use.store(true, Ordering::Relaxed);
+        Some(Box::new(Used(Arc::clone(&self.space))))
     }
 
     fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
@@ -275,9 +319,7 @@ impl Engine for InGuest {
     fn renew(&mut self) -> Result<(), EngineError> {
         // Dune mode has gone on by itself, in a new VM, and the page tables are a copy. The
         // guard wants to see every page again.
-        let start = GuestVirt::ZERO;
-        let all = VirtRange::try_new(start, USER_HI).unwrap_or(VirtRange::empty_at(start));
-        self.space.unmap(all)?;
+        self.space.unmap(everything())?;
         self.context.reset_extended_state();
         self.refused = (0, 0);
         Ok(())
@@ -308,8 +350,19 @@ impl Engine for InGuest {
         Ok(())
     }
 
+    fn passage(&self) -> Passage {
+        Passage::ByRuntime
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         NonNull::from(&*self.kick)
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: dune::vcpus(),
+            slots: dune::windows(),
+        }
     }
 
     fn fds(&self) -> Vec<RawFd> {
@@ -337,6 +390,12 @@ fn general_protection() -> Trap {
         error: 0,
         dr6: 0,
     }
+}
+
+/// All that can be the program's.
+fn everything() -> VirtRange {
+    let start = GuestVirt::ZERO;
+    VirtRange::try_new(start, USER_HI).unwrap_or(VirtRange::empty_at(start))
 }
 
 fn virt_range(range: PageRange) -> VirtRange {

@@ -51,11 +51,12 @@ mod machine;
 
 use core::mem::{ManuallyDrop, offset_of};
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dune_kvm::wall::{Stack, Wall};
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
 use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
@@ -66,7 +67,10 @@ use self::answers::Place;
 use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
-use super::{Access, Engine, EngineError, PageFaultError, Seed, Trap, UserRegs, UserState};
+use super::{
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
+};
 use crate::clock;
 use crate::host;
 use crate::range::PageRange;
@@ -106,6 +110,9 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// For signal frames while the host kernel works behind the wall, if there
+    /// is one.
+    wall_stack: Option<Stack>,
     /// Whether calls whose answer never changes may be answered unseen.
     unseen: bool,
 }
@@ -121,6 +128,36 @@ struct Shared {
     made: Mutex<Vec<Made>>,
     vm: Vm,
     guest: Mutex<Guest>,
+    /// Whether KVM shall set the accessed bits.
+    notes_use: AtomicBool,
+}
+
+/// For a thread of its own. A KVM that shadows the tables sets accessed bits
+/// where it looks a page up, so all of the program's pages are taken away once
+/// theirs were read: they are looked up again, and admitted again, when they
+/// are used again.
+struct Used(Arc<Shared>);
+
+impl Usage for Used {
+    fn collect(&self, seen: &mut dyn FnMut(PageRange)) -> Result<(), EngineError> {
+        let guest = self.0.guest();
+        let all = virt_range(0, crate::range::USER_HI);
+        let flush = guest
+            .tables
+            .unmap(all, |leaf| {
+                if leaf.flags().contains(PteFlags::ACCESSED) {
+                    seen_leaf(&leaf, seen);
+                }
+            })
+            .map_err(|_| no_tables(&guest.memory))?;
+        // By the caller's change of the host's mappings.
+        flush.ignore(NoFlush::CoveredByLargerFlush);
+        Ok(())
+    }
+
+    fn needs_host_change(&self) -> bool {
+        true
+    }
 }
 
 /// The guest's memory and page tables.
@@ -184,11 +221,16 @@ impl Shared {
             made: Mutex::default(),
             vm,
             guest: Mutex::new(guest),
+            notes_use: AtomicBool::new(false),
         })
     }
 
     fn guest(&self) -> MutexGuard<'_, Guest> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn made(&self) -> MutexGuard<'_, Vec<Made>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A vCPU that nobody uses, an old one if there is any.
@@ -217,7 +259,7 @@ impl Shared {
     }
 
     fn new_cpu(&self) -> Result<Cpu, EngineError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made();
         let index = CpuIndex(made.len() as u32);
         if index.0 >= MOST_CPUS {
             return Err(EngineError::NoMemory {
@@ -264,7 +306,7 @@ impl Shared {
     /// This value and everything made by it must be forgotten, not dropped. The device is the
     /// caller's from then on.
     unsafe fn abandon(&self) -> OwnedFd {
-        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.made();
         for made in made.iter() {
             let (start, len) = made.area;
             // SAFETY: the area of a vCPU that nobody will use.
@@ -292,23 +334,23 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        Self::on(None)
+        Self::on(None, stack_behind(super::build_wall())?)
     }
 
-    fn on(device: Option<OwnedFd>) -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new(device)?);
+    fn on(device: Option<OwnedFd>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
+        Self::in_vm(Arc::new(Shared::new(device)?), wall_stack)
+    }
+
+    fn in_vm(shared: Arc<Shared>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
         let cpu = shared.cpu()?;
-        Ok(Self::with(shared, cpu))
-    }
-
-    fn with(shared: Arc<Shared>, cpu: Cpu) -> Self {
-        Self {
+        Ok(Self {
             shared,
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
             unseen: false,
-        }
+            wall_stack,
+        })
     }
 
     fn user_address(&self, gpa: u64) -> Option<u64> {
@@ -379,7 +421,12 @@ impl OnHost {
                     self.store_regs(user, &regs);
                     let mut error = PageFaultError::USER;
                     error.set(PageFaultError::WRITE, write);
-                    let addr = self.user_address(gpa).unwrap_or(regs.rip);
+                    let Some(addr) = self.user_address(gpa) else {
+                        // Its window was taken back meanwhile: the next try ends
+                        // in a page fault.
+                        self.suspect_everything()?;
+                        break Trap::Interrupted;
+                    };
                     break Trap::HostFault { addr, error };
                 }
                 Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.user_address(gpa)) {
@@ -722,7 +769,16 @@ impl Engine for OnHost {
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
         let extent = self.extent(addr, area);
-        self.shared.guest().map(extent, user_flags(access))
+        let mut flags = user_flags(access);
+        if self.shared.notes_use.load(Ordering::Relaxed) {
+            flags.remove(PteFlags::ACCESSED);
+        }
+        self.shared.guest().map(extent, flags)
+    }
+
+    fn note_use(&mut self) -> Option<Box<dyn Usage>> {
+        self.shared.notes_use.store(true, Ordering::Relaxed);
+        Some(Box::new(Used(Arc::clone(&self.shared))))
     }
 
     fn admit_ahead(&mut self, range: PageRange, access: Access) -> Result<(), EngineError> {
@@ -762,15 +818,16 @@ impl Engine for OnHost {
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
-        let cpu = self.shared.cpu()?;
-        Ok(Box::new(Sown(Self::with(Arc::clone(&self.shared), cpu))))
+        let wall_stack = stack_behind(Wall::get())?;
+        let engine = Self::in_vm(Arc::clone(&self.shared), wall_stack)?;
+        Ok(Box::new(Sown(engine)))
     }
 
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
         let device = unsafe { self.shared.abandon() };
-        let new = Self::on(Some(device));
+        let new = Self::on(Some(device), self.wall_stack.take());
         let old = core::mem::replace(self, new?);
         let unseen = old.unseen;
         core::mem::forget(old);
@@ -825,19 +882,40 @@ impl Engine for OnHost {
         self.cpu.reset_xstate()
     }
 
+    fn passage(&self) -> Passage {
+        match &self.wall_stack {
+            Some(stack) => Passage::Walled {
+                stack: stack.slot(),
+            },
+            None => Passage::Open,
+        }
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         self.cpu.machine.kick_byte()
     }
 
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: self.shared.made().len(),
+            slots: self.shared.guest().memory.slots(),
+        }
+    }
+
     fn fds(&self) -> Vec<RawFd> {
-        let made = self
-            .shared
-            .made
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let made = self.shared.made();
         let vcpus = made.iter().map(|made| made.fd);
         vcpus.chain(self.shared.vm.fds()).collect()
     }
+}
+
+/// What a thread needs to make calls behind `wall`.
+fn stack_behind(wall: Option<&Wall>) -> Result<Option<Stack>, EngineError> {
+    wall.map(Stack::take)
+        .transpose()
+        .map_err(|_| EngineError::NoMemory {
+            what: "signal frames",
+        })
 }
 
 impl Drop for OnHost {
@@ -854,6 +932,10 @@ struct Sown(OnHost);
 
 impl Seed for Sown {
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        if self.0.wall_stack.is_some() {
+            // libc has registered the new thread.
+            dune::forgo_restartable_sequences();
+        }
         Ok(Box::new(self.0))
     }
 }
@@ -900,11 +982,26 @@ impl Guest {
         let mut start = range.start();
         while start < range.end() {
             let end = range.end().min((start | (WINDOW - 1)) + 1);
-            let gpa = self.memory.window(start).map_err(refused)?;
+            let gpa = self.window(start)?;
             self.map_piece(virt_range(start, end), GuestPhys::new_truncate(gpa), flags)?;
             start = end;
         }
         Ok(())
+    }
+
+    /// The guest physical address of `start`. Takes windows back where there are
+    /// many: what is not in the page tables now needs none.
+    fn window(&self, start: u64) -> Result<u64, EngineError> {
+        if self.memory.is_crowded() {
+            let is_used = |piece| {
+                let mut leaves = 0_u32;
+                self.tables
+                    .for_each_leaf(virt_range(piece, piece + WINDOW), |_| leaves += 1);
+                leaves > 0
+            };
+            self.memory.release_windows(is_used).map_err(refused)?;
+        }
+        self.memory.window(start).map_err(refused)
     }
 
     fn map_piece(

@@ -72,20 +72,30 @@
 //! outside, and `SIGKILL`.
 
 mod descriptors;
+mod image;
 pub(crate) mod memory;
 mod ranges;
+mod resume;
+mod save;
 mod state;
 mod symbol;
 pub(crate) mod watch;
 
 use std::os::fd::RawFd;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use linux_raw_sys::general::{__NR_dup3, __NR_prctl, __NR_pread64, __NR_read, __NR_readv};
+use linux_raw_sys::general::{
+    __NR_clone, __NR_close, __NR_dup3, __NR_fork, __NR_prctl, __NR_pread64, __NR_read, __NR_readv,
+    __NR_rt_sigaction, __NR_rt_sigprocmask, __NR_set_robust_list, CLONE_CHILD_CLEARTID,
+    CLONE_CHILD_SETTID, SIGCHLD,
+};
 
+pub use self::image::ResumeError;
 pub use self::memory::Restored;
+pub(crate) use self::resume::Resumed;
+pub use self::save::{SaveError, Saved};
 pub(crate) use self::state::State;
 use self::state::StateError;
 pub(crate) use self::symbol::Breakpoint;
@@ -116,6 +126,15 @@ pub enum Marker {
     /// At the first instruction of this function of the program's own file,
     /// the first time.
     Symbol(String),
+    /// Where it calls `fork` (or `clone` to the same effect) for the first
+    /// time, from the main thread. No process is made: the program goes on as
+    /// the child would. So a fork server, which forks for each run, is served
+    /// by snapshots instead.
+    Fork,
+    /// As [`Marker::Fork`], and then after it has closed this descriptor, as a
+    /// fork server's child does with what belongs to the server: each run need
+    /// not do it again. Earlier, if it makes a call that does not belong to that.
+    ForkedClosing(RawFd),
 }
 
 /// Why the program has stopped.
@@ -210,6 +229,11 @@ pub(crate) struct Served {
     service: Mutex<Option<Box<dyn Service>>>,
     marker: Option<Marker>,
     breakpoint: Mutex<Option<Breakpoint>>,
+    /// Whether it goes on as the child of a `fork`, for
+    /// [`Marker::ForkedClosing`].
+    forked: AtomicBool,
+    /// The program's file, and where its entry point is.
+    image: OnceLock<(PathBuf, u64)>,
     points: Mutex<Vec<State>>,
     watch: Mutex<Watch>,
     /// Counts the returns.
@@ -424,6 +448,22 @@ impl Stopped<'_> {
         self.guard.program.memory().areas.iter().collect()
     }
 
+    /// Where the function or variable `name` of the program's own file is.
+    /// Reads the file.
+    ///
+    /// # Errors
+    ///
+    /// [`SymbolError`], if its symbol table has none of that name.
+    pub fn symbol(&self, name: &str) -> Result<u64, SymbolError> {
+        let program = &self.guard.program;
+        let image = program.served().and_then(|served| served.image.get());
+        let (path, entry) = image.ok_or_else(|| SymbolError::Unknown {
+            path: PathBuf::new(),
+            name: name.to_owned(),
+        })?;
+        symbol::address_of(path, *entry, name)
+    }
+
     /// Copies from the program's memory.
     ///
     /// # Errors
@@ -458,6 +498,25 @@ impl Stopped<'_> {
         forward_always(__NR_dup3, [fd as u64, to as u64, 0, 0, 0, 0])?;
         if let Some(served) = program.served() {
             locked(&served.watch).replaced.insert(to);
+        }
+        Ok(())
+    }
+
+    /// Closes a descriptor of the program, such as one that its service has a
+    /// duplicate of. With a return to an earlier snapshot it is back.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF` if it is none of the program's.
+    pub fn close_descriptor(&mut self, fd: RawFd) -> Result<(), Errno> {
+        let program = Arc::clone(&self.guard.program);
+        let hidden = program.hidden_fds();
+        if hidden.binary_search(&fd).is_ok() {
+            return Err(Errno::EBADF);
+        }
+        forward_always(__NR_close, [fd as u64, 0, 0, 0, 0, 0])?;
+        if let Some(served) = program.served() {
+            locked(&served.watch).replaced.insert(fd);
         }
         Ok(())
     }
@@ -510,6 +569,7 @@ impl Guard {
         let Some(served) = program.served() else {
             return Ok(());
         };
+        let _ = served.image.set((path.to_owned(), entry));
         if let Some(name) = served.symbol() {
             served.set_breakpoint(Breakpoint::set(self, path, entry, name)?);
         }
@@ -586,6 +646,24 @@ impl Guard {
                 }
                 is_marker
             }
+            (Trap::Syscall, Some(Marker::Fork)) => {
+                let first = locked(&served.points).is_empty();
+                first && self.becomes_the_child(user)
+            }
+            (Trap::Syscall, Some(Marker::ForkedClosing(fd))) => {
+                if !locked(&served.points).is_empty() {
+                    false
+                } else if !served.forked.load(Ordering::Relaxed) {
+                    if self.becomes_the_child(user) {
+                        served.forked.store(true, Ordering::Relaxed);
+                        // On to where it has closed the descriptor.
+                        return Ok(Some(Resume::Continue));
+                    }
+                    false
+                } else {
+                    self.has_left_the_server(*fd, user)
+                }
+            }
             (Trap::Exception { vector: 3, .. }, Some(Marker::Symbol(_))) => {
                 let mut breakpoint = locked(&served.breakpoint);
                 match breakpoint.take_if(|breakpoint| breakpoint.is_behind(user.regs.rip)) {
@@ -608,6 +686,53 @@ impl Guard {
             Next::Continue => Ok(Some(Resume::Continue)),
             Next::Finish(End::Exit(status)) => Ok(Some(Resume::Exit(status))),
             Next::Finish(End::Killed(signal)) => Ok(Some(Resume::Killed(signal))),
+        }
+    }
+
+    /// If the program calls `fork`: lets it go on as the child would.
+    #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
+    fn becomes_the_child(&mut self, user: &mut UserState) -> bool {
+        let regs = &mut user.regs;
+        match regs.rax as u32 {
+            __NR_fork => {}
+            __NR_clone => {
+                let flags = regs.rdi as u32;
+                let known = CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+                if flags & !known != SIGCHLD || regs.rsi != 0 {
+                    return false;
+                }
+                // The id that `CLONE_CHILD_SETTID` stores is there already: it
+                // stays the same.
+                if flags & CLONE_CHILD_CLEARTID != 0 {
+                    self.clear_child_tid = regs.r10;
+                }
+            }
+            _ => return false,
+        }
+        regs.rax = 0;
+        true
+    }
+
+    /// Whether the program, a fork server's child, is done with what belongs to
+    /// the server: closes `fd` right now, or calls what does not belong to it.
+    #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
+    fn has_left_the_server(&mut self, fd: RawFd, user: &mut UserState) -> bool {
+        let regs = &mut user.regs;
+        match regs.rax as u32 {
+            __NR_close if regs.rdi as RawFd == fd => {
+                let hidden = self.program.hidden_fds();
+                if hidden.binary_search(&fd).is_err() {
+                    let _ = forward_always(__NR_close, [fd as u64, 0, 0, 0, 0, 0]);
+                }
+                regs.rax = 0;
+                true
+            }
+            __NR_close | __NR_rt_sigaction | __NR_rt_sigprocmask | __NR_set_robust_list => false,
+            _ => {
+                // The call itself belongs to the run.
+                regs.rip = regs.rip.wrapping_sub(SYSCALL_LEN);
+                true
+            }
         }
     }
 

@@ -28,8 +28,7 @@ pub enum SymbolError {
     },
     /// There is none of that name.
     #[error(
-        "{} has no function {name:?} in its symbol table; link it without -s, or choose another \
-         marker",
+        "{} has no symbol {name:?}; link it without -s, or choose another marker",
         path.display()
     )]
     Unknown {
@@ -94,7 +93,12 @@ impl Breakpoint {
     }
 }
 
-fn address_of(path: &Path, entry: u64, name: &str) -> Result<u64, SymbolError> {
+/// Where the symbol `name` of `path`, whose entry point is at `entry`, is.
+///
+/// # Errors
+///
+/// [`SymbolError`].
+pub(super) fn address_of(path: &Path, entry: u64, name: &str) -> Result<u64, SymbolError> {
     let failed = |reason: String| SymbolError::File {
         path: path.to_owned(),
         reason,

@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use linux_raw_sys::general::*;
 
 use crate::calls::Answer;
+use crate::host::Errno;
 use crate::table::{Arg, Args, Call};
 
 /// See the module documentation.
@@ -71,6 +72,8 @@ impl Watch {
                     self.replaced.insert(*fd as RawFd);
                 }
             }
+            // There was nothing to close.
+            __NR_close if *answer == Answer::Return(Err(Errno::EBADF)) => {}
             // Gone also if the call says that closing went wrong.
             __NR_close => {
                 self.replaced.insert(args[0] as RawFd);

@@ -12,7 +12,7 @@ use super::Shape::{Address, LengthOf, Message, Messages, Plain, SignalSet, Strin
 use super::Size::{Arg as Len, Arg32 as Len32, Bits, BytePerPage, Bytes, Items};
 use super::{Call, Flow, Restart, Shape};
 use crate::calls::{
-    fd, file, fork, memory, message, net, process, signal, sockopt, thread, time, timer,
+    fd, file, fork, memory, message, net, process, segment, signal, sockopt, thread, time, timer,
 };
 use crate::host::Errno;
 
@@ -118,7 +118,7 @@ pub(super) const CALLS: &[Call] = &[
         [Value, Value, Value]
     ),
     call!(__NR_shmget, Refused(Errno::ENOSYS), []),
-    call!(__NR_shmat, Refused(Errno::ENOSYS), []),
+    call!(__NR_shmat, Emulated(segment::attach), [Value, Value, Value]),
     call!(__NR_shmctl, Refused(Errno::ENOSYS), []),
     call!(__NR_dup, Emulated(fd::steadily::<__NR_dup>), [Fd]),
     call!(__NR_dup2, Emulated(fd::steadily::<__NR_dup2>), [Fd, Fd]),

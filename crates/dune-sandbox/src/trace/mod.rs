@@ -418,6 +418,14 @@ fn hex(value: u64) -> String {
     word
 }
 
+/// A signal by its name: `SIGINT`, `SIGRT_3`.
+#[must_use]
+pub fn signal_name(number: u32) -> String {
+    let mut name = String::new();
+    names::signal(&mut name, number.into());
+    name
+}
+
 /// The event as one line, without its end: `read(3, "abc", 4096) = 3`.
 #[must_use]
 pub fn line_of(event: &CallEvent<'_>) -> String {

@@ -272,6 +272,20 @@ impl AddressSpace {
         self.paid(self.table()?.clear_dirty(range, visit))
     }
 
+    /// Clears the accessed bits of a range, shows the pages that were used, and flushes. From
+    /// any thread of the process, while others run the space; edits from several threads need a
+    /// lock around them.
+    ///
+    /// # Errors
+    /// [`SpaceError::Edit`].
+    pub fn clear_accessed(
+        &self,
+        range: VirtRange,
+        visit: impl FnMut(Leaf),
+    ) -> Result<(), SpaceError> {
+        self.paid(self.table()?.clear_accessed(range, visit))
+    }
+
     pub(super) fn paid(&self, edit: Result<Flush, EditFailure>) -> Result<(), SpaceError> {
         match edit {
             Ok(flush) => {
