@@ -80,6 +80,16 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
+    /// The figure of one of so many operations that were measured as one.
+    pub(crate) fn of_each(self, operations: u32) -> Self {
+        let share = |value: f64| (value / f64::from(operations) * 10.0).round() / 10.0;
+        Self {
+            median: share(self.median),
+            least: share(self.least),
+            most: share(self.most),
+        }
+    }
+
     /// The figure of a set of samples.
     ///
     /// # Panics

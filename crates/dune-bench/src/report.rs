@@ -24,6 +24,8 @@ struct Entry {
 pub(crate) struct Row {
     id: &'static str,
     label: &'static str,
+    /// Where it is not the clock's.
+    unit: Option<&'static str>,
     /// What the ratio is taken against.
     base: &'static str,
     entries: Vec<Entry>,
@@ -45,6 +47,7 @@ impl Row {
         Self {
             id,
             label,
+            unit: None,
             base: LINUX,
             entries: Vec::new(),
             aim: None,
@@ -56,6 +59,11 @@ impl Row {
     /// The most that Dune may cost, in the report's unit.
     pub(crate) fn set_aim(&mut self, aim: f64) {
         self.aim = Some(aim.round());
+    }
+
+    /// What the row counts, if not the clock's unit.
+    pub(crate) fn set_unit(&mut self, unit: &'static str) {
+        self.unit = Some(unit);
     }
 
     /// What Dune is held against, if not Linux.
@@ -151,6 +159,8 @@ impl Serialize for Number {
 struct JsonRow<'a> {
     id: &'a str,
     label: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<&'a str>,
     values: BTreeMap<&'a str, Number>,
     /// Why Dune has no value.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -188,6 +198,7 @@ impl Report {
                 .map(|row| JsonRow {
                     id: row.id,
                     label: row.label,
+                    unit: row.unit,
                     values: row
                         .entries
                         .iter()
@@ -259,7 +270,10 @@ impl Report {
                 row.ratio(),
                 row.aim.map(number).unwrap_or_default(),
                 row.verdict(),
-                label
+                match row.unit {
+                    Some(unit) => format!("{label} ({unit})"),
+                    None => label.to_owned(),
+                }
             );
         }
         text.push('\n');

@@ -165,6 +165,14 @@ impl Engine for Observed {
         self.inner.admit_ahead(range, access)
     }
 
+    fn shows_clock(&mut self, data: u64, len: u64) -> bool {
+        self.inner.shows_clock(data, len)
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        self.inner.admit_clock(range, data)
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.inner.revoke(range)
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dune_loader::{ImageError, find_command};
 
 use crate::calls::segment::Segment;
+use crate::clock;
 use crate::confine::{self, ConfineError, SecondWall};
 use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
@@ -365,7 +366,7 @@ impl Command {
     /// # Errors
     ///
     /// If it cannot be started, or the engine fails.
-    pub fn run(self, engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
+    pub fn run(self, mut engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
         check_user_space_is_free()?;
         let policy = self.policy.from_here();
         // First, so that relative paths of the program are seen from there.
@@ -409,7 +410,12 @@ impl Command {
         })?;
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
+        // A program that may be saved must not hold the kernel's data; nor is what ring 3 reads
+        // there memory of its own, to be counted or put back.
+        let is_watched = self.service.is_some() || self.sampler.is_some();
+        let shows_clock = !is_watched && clock::is_shown_by(engine.as_mut());
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.program.set_shows_clock(shows_clock);
         guard.program.set_handlers(self.handlers);
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);

@@ -18,6 +18,7 @@ use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
 use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::clock;
 use crate::crash::Crash;
 use crate::debug::hook::Event;
 use crate::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
@@ -390,7 +391,9 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
-        if let Some(resume) = self.look_for_marker(trap, user)? {
+        if self.program.served().is_some()
+            && let Some(resume) = self.look_for_marker(trap, user)?
+        {
             return Ok(resume);
         }
         let resume = match trap {
@@ -627,6 +630,15 @@ impl Guard {
         let mapped = match area {
             Some(area) => {
                 let access = effective(area.attributes.access);
+                if access.contains(needed)
+                    && let Some(offset) = clock::offset_of(&memory, area)
+                    && let Some(clock) = clock::host()
+                {
+                    if let Err(error) = self.engine.admit_clock(area.range, clock.data + offset) {
+                        self.engine_failed(error);
+                    }
+                    return Resume::Continue;
+                }
                 if access.contains(needed) {
                     let pid = program.pid();
                     let what = memory.admissible(pid, addr, area, needed);

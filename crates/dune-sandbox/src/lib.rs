@@ -37,10 +37,10 @@
 //! - System V shared memory (but what [`Command::segment`] gives), semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
-//! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
 mod calls;
+mod clock;
 pub mod command;
 pub mod confine;
 pub mod crash;

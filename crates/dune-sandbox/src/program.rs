@@ -194,6 +194,8 @@ pub(crate) struct Program {
     in_snapshot: AtomicBool,
     /// Who decides at markers and ends, if anybody does.
     served: Option<Served>,
+    /// Whether programs get a vDSO here.
+    shows_clock: AtomicBool,
     /// How a debugger stops threads, if there is one; set before the first
     /// runs.
     debugger: OnceLock<Arc<Control>>,
@@ -219,6 +221,7 @@ impl Program {
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
             in_snapshot: AtomicBool::new(false),
+            shows_clock: AtomicBool::new(false),
             served: None,
             debugger: OnceLock::new(),
             threads: Threads::default(),
@@ -347,6 +350,16 @@ impl Program {
     /// In the child of a `fork`: how one stops the parent's.
     pub(crate) fn control_of_parent(&self) -> Option<&Arc<Control>> {
         self.debugger.get()
+    }
+
+    /// Whether programs get a vDSO here; not where their calls are to be seen.
+    pub(crate) fn shows_clock(&self) -> bool {
+        self.shows_clock.load(Ordering::Relaxed) && self.lets_calls_pass_unseen()
+    }
+
+    /// Sets what the engine can do; before the first program.
+    pub(crate) fn set_shows_clock(&self, shown: bool) {
+        self.shows_clock.store(shown, Ordering::Relaxed);
     }
 
     /// The process's id, the same for the program and the host.

@@ -66,6 +66,10 @@ fn a_program_goes_on_without_its_gdb() {
     debug::scenarios::a_program_goes_on_without_its_gdb(PLACEMENT);
 }
 
+fn a_running_program_goes_on_without_its_gdb() {
+    debug::scenarios::a_running_program_goes_on_without_its_gdb(PLACEMENT);
+}
+
 fn nonsense_does_not_hurt() {
     debug::scenarios::nonsense_does_not_hurt(PLACEMENT);
 }
@@ -107,6 +111,7 @@ fn main() -> ExitCode {
         plain a_loop_is_interrupted, timeout 120,
         plain a_program_goes_on_after_gdb_detaches, timeout 120,
         plain a_program_goes_on_without_its_gdb, timeout 120,
+        plain a_running_program_goes_on_without_its_gdb, timeout 120,
         plain nonsense_does_not_hurt, timeout 120,
         plain a_socket_is_its_owners_and_goes_with_its_client, timeout 120,
         plain a_program_is_killed, timeout 120,

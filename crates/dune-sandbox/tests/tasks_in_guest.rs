@@ -38,6 +38,8 @@ fn processes() {
     tasks::in_guest(&[
         "a_tree_of_forks",
         "fork_copies_memory",
+        "clocks_agree",
+        "clock_data_are_the_kernels",
         "fork_beside_threads",
         "threads_in_a_child",
         "children_end_by_signals",

@@ -342,8 +342,8 @@ impl<'a> Compartment<'a> {
                     return Err(bad);
                 }
                 output.resize(bytes as usize, 0);
-                let space = &guard.shell.space;
-                space.read(address, &mut output).map_err(|_| bad)
+                let read = guard.memory(begin.rip).read(address, &mut output);
+                read.map_err(|denied| guard.error_of(denied, bad))
             },
         )?;
         Ok(output)
@@ -415,7 +415,9 @@ impl<'a> Compartment<'a> {
         loop {
             let trap = context.run(&guard.shell.space)?;
             match guard.on_trap(trap, context)? {
-                Next::Interrupted if timed.is_late() => {
+                // Looked at after every trap: the interruption may have come while a gate ran
+                // another compartment.
+                Next::Resume | Next::Interrupted if timed.is_late() => {
                     return Err(CompartmentError::TimeLimit { limit: time });
                 }
                 Next::Resume | Next::Interrupted => {}
@@ -423,7 +425,7 @@ impl<'a> Compartment<'a> {
             }
         }
         drop(timed);
-        fetch(&guard, result.0, result.1)?;
+        fetch(&mut guard, result.0, result.1)?;
         finish(&mut guard, result.1)
     }
 }
@@ -448,36 +450,33 @@ fn put(
     (at, input): (u64, &[u8]),
     result_at: u64,
 ) -> Result<(), CompartmentError> {
+    let limits = guard.limits;
+    let limit = limits.stack;
+    let bytes = STACK_TOP - result_at;
+    if bytes > limit {
+        return Err(CompartmentError::InputTooLarge { bytes, limit });
+    }
     if let Some(offset) = in_top_page(at, input.len())
         && let Some(frame) = guard.shell.stack_top()
         && frame.write(offset, input)
     {
         return Ok(());
     }
-    let limits = guard.limits;
     // The stack down to the result, if the input is there; otherwise the input area.
     let (from, to) = if at >= result_at {
         (result_at, STACK_TOP)
     } else {
         (at, at + input.len() as u64)
     };
-    if to - from > limits.stack && at >= result_at {
-        return Err(CompartmentError::InputTooLarge {
-            bytes: to - from,
-            limit: limits.stack,
-        });
-    }
+    let too_large = |bytes| CompartmentError::InputTooLarge { bytes, limit };
     let populated = guard.shell.populate(from, to - from, limits);
-    populated.map_err(|denied| guard.error_of(denied))?;
+    populated.map_err(|denied| guard.error_of(denied, too_large(to - from)))?;
     let written = guard.shell.space.write(at, input);
-    written.map_err(|_| CompartmentError::InputTooLarge {
-        bytes: input.len() as u64,
-        limit: limits.memory,
-    })
+    written.map_err(|_| too_large(input.len() as u64))
 }
 
 /// Fetches the result.
-fn fetch(guard: &Guard<'_, '_>, at: u64, into: &mut [u8]) -> Result<(), CompartmentError> {
+fn fetch(guard: &mut Guard<'_, '_>, at: u64, into: &mut [u8]) -> Result<(), CompartmentError> {
     if let Some(offset) = in_top_page(at, into.len())
         && let Some(frame) = guard.shell.stack_top()
         && frame.read(offset, into)
@@ -485,8 +484,9 @@ fn fetch(guard: &Guard<'_, '_>, at: u64, into: &mut [u8]) -> Result<(), Compartm
         return Ok(());
     }
     let bytes = into.len() as u64;
-    let read = guard.shell.space.read(at, into);
-    read.map_err(|_| CompartmentError::BadResult { address: at, bytes })
+    let bad = CompartmentError::BadResult { address: at, bytes };
+    let read = guard.memory(at).read(at, into);
+    read.map_err(|denied| guard.error_of(denied, bad))
 }
 
 /// Resets the compartment however the run ends.
@@ -524,7 +524,9 @@ impl Context {
 impl Drop for Context {
     #[inline]
     fn drop(&mut self) {
-        if let Some(context) = self.0.take() {
+        if let Some(mut context) = self.0.take() {
+            // What it computed with is nobody's business: it may have been a key.
+            context.wipe();
             // A thread that is ending frees it instead.
             let _ = CONTEXTS.try_with(|contexts| contexts.borrow_mut().push(context));
         }

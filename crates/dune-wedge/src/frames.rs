@@ -1,10 +1,7 @@
 //! Pages of memory for compartments: taken from the process once, used again and again.
 #![expect(unsafe_code, reason = "raw memory that ring 3 writes to")]
 
-use core::arch::x86_64::{
-    __m128i, __m256i, _mm_load_si128, _mm_setzero_si128, _mm_store_si128, _mm256_load_si256,
-    _mm256_setzero_si256, _mm256_store_si256,
-};
+use core::arch::asm;
 use std::sync::{Mutex, PoisonError};
 
 use dune::EnterError;
@@ -30,13 +27,15 @@ impl Frame {
         zero(self.0);
     }
 
-    /// Makes the page a copy of another page of this process.
+    /// Makes the page a copy of another page of this process, which others may change
+    /// meanwhile.
     ///
     /// # Safety
-    /// `from` is the address of a readable page, aligned to it.
+    /// `from` is the address of a readable page, and no Rust reference claims that it does not
+    /// change.
     pub(crate) unsafe fn copy_from(&self, from: u64) {
         // SAFETY: the frame is this one's; the source is the caller's word.
-        unsafe { copy(self.0, from) };
+        unsafe { dune::memory::copy_shared(from as *const u8, self.0 as *mut u8, PAGE as usize) };
     }
 
     /// Writes bytes; `false` where they do not fit.
@@ -115,73 +114,49 @@ impl FramePool {
     }
 }
 
-// One page in as few instructions as can be: `rep movsb` is quick on most CPUs and dear on
-// emulated ones, where every byte counts, and libc would choose it.
-
+/// Zeroes a page, in as few instructions as can be. By hand, because the compiler would make it
+/// a call of `memset`, which may use an instruction that counts every byte where instructions
+/// are counted.
 fn zero(page: u64) {
     if is_x86_feature_detected!("avx") {
-        // SAFETY: the CPU has AVX; the page is a frame's.
-        unsafe { zero_avx(page as *mut __m256i) };
-    } else {
-        // SAFETY: the page is a frame's.
-        unsafe { zero_sse(page as *mut __m128i) };
-    }
-}
-
-/// # Safety
-/// Both are pages, aligned; nobody else uses `to`.
-unsafe fn copy(to: u64, from: u64) {
-    if is_x86_feature_detected!("avx") {
-        // SAFETY: the CPU has AVX; the rest is the caller's word.
-        unsafe { copy_avx(to as *mut __m256i, from as *const __m256i) };
-    } else {
-        // SAFETY: the caller's word.
-        unsafe { copy_sse(to as *mut __m128i, from as *const __m128i) };
-    }
-}
-
-#[target_feature(enable = "avx")]
-unsafe fn zero_avx(to: *mut __m256i) {
-    let nothing = _mm256_setzero_si256();
-    for line in 0..PAGE as usize / (8 * 32) {
-        for word in 0..8 {
-            // SAFETY: within the page.
-            unsafe { to.wrapping_add(line * 8 + word).write(nothing) };
-        }
-    }
-}
-
-#[target_feature(enable = "avx")]
-#[expect(clippy::multiple_unsafe_ops_per_block, reason = "a load and its store")]
-unsafe fn copy_avx(to: *mut __m256i, from: *const __m256i) {
-    for line in 0..PAGE as usize / (8 * 32) {
-        for word in 0..8 {
-            let index = line * 8 + word;
-            // SAFETY: within both pages.
-            unsafe {
-                let value = _mm256_load_si256(from.wrapping_add(index));
-                _mm256_store_si256(to.wrapping_add(index), value);
-            }
-        }
-    }
-}
-
-unsafe fn zero_sse(to: *mut __m128i) {
-    // SAFETY: SSE2 is part of x86-64.
-    let nothing = unsafe { _mm_setzero_si128() };
-    for index in 0..PAGE as usize / 16 {
-        // SAFETY: within the page.
-        unsafe { to.wrapping_add(index).write(nothing) };
-    }
-}
-
-#[expect(clippy::multiple_unsafe_ops_per_block, reason = "a load and its store")]
-unsafe fn copy_sse(to: *mut __m128i, from: *const __m128i) {
-    for index in 0..PAGE as usize / 16 {
-        // SAFETY: within both pages; SSE2 is part of x86-64.
+        // SAFETY: the CPU has AVX; the page is a frame's, and aligned.
         unsafe {
-            let value = _mm_load_si128(from.wrapping_add(index));
-            _mm_store_si128(to.wrapping_add(index), value);
+            asm!(
+                "vpxor xmm0, xmm0, xmm0",
+                "2:",
+                "vmovdqa [{at}], ymm0",
+                "vmovdqa [{at} + 32], ymm0",
+                "vmovdqa [{at} + 64], ymm0",
+                "vmovdqa [{at} + 96], ymm0",
+                "vmovdqa [{at} + 128], ymm0",
+                "vmovdqa [{at} + 160], ymm0",
+                "vmovdqa [{at} + 192], ymm0",
+                "vmovdqa [{at} + 224], ymm0",
+                "add {at}, 256",
+                "cmp {at}, {end}",
+                "jne 2b",
+                at = inout(reg) page => _,
+                end = in(reg) page + PAGE,
+                out("xmm0") _,
+                options(nostack),
+            );
+        }
+    } else {
+        // SAFETY: SSE2 is part of x86-64; the page is a frame's, and aligned.
+        unsafe {
+            asm!(
+                "pxor {zero}, {zero}",
+                "2:",
+                "movdqa [{at}], {zero}",
+                "movdqa [{at} + 16], {zero}",
+                "add {at}, 32",
+                "cmp {at}, {end}",
+                "jne 2b",
+                zero = out(xmm_reg) _,
+                at = inout(reg) page => _,
+                end = in(reg) page + PAGE,
+                options(nostack),
+            );
         }
     }
 }

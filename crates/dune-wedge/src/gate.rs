@@ -9,10 +9,11 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use dune::memory::{AddressSpace, UserFault};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::access::Memory;
 use crate::inside::{self, request};
+use crate::shell::Denied;
 
 /// A call with an input and an output of fixed sizes.
 ///
@@ -138,20 +139,20 @@ impl BytesGate {
     }
 }
 
-/// What is behind a gate, for the guard: `(space, input, its length, output, its length)`.
+/// What is behind a gate, for the guard: `(memory, input, its length, output, its length)`.
 pub(crate) type Behind<'a> =
-    Box<dyn FnMut(&AddressSpace, u64, u64, u64, u64) -> Result<u64, Through> + Send + 'a>;
+    Box<dyn FnMut(&mut Memory<'_>, u64, u64, u64, u64) -> Result<u64, Through> + Send + 'a>;
 
 /// Why a call did not go through.
 #[derive(Debug)]
 pub(crate) enum Through {
     Sizes,
-    Fault(UserFault),
+    Denied(Denied),
 }
 
-impl From<UserFault> for Through {
-    fn from(fault: UserFault) -> Self {
-        Self::Fault(fault)
+impl From<Denied> for Through {
+    fn from(denied: Denied) -> Self {
+        Self::Denied(denied)
     }
 }
 
@@ -161,18 +162,18 @@ where
     I: FromBytes + IntoBytes + 'a,
     O: IntoBytes + Immutable + 'a,
 {
-    Box::new(move |space, input, input_size, output, output_size| {
+    Box::new(move |memory, input, input_size, output, output_size| {
         if input_size != size_of::<I>() as u64 || output_size != size_of::<O>() as u64 {
             return Err(Through::Sizes);
         }
         // Copied once, so that what is checked is what is used.
         let mut value = I::new_zeroed();
         if size_of::<I>() != 0 {
-            space.read(input, value.as_mut_bytes())?;
+            memory.read(input, value.as_mut_bytes())?;
         }
         let result = body(value);
         if size_of::<O>() != 0 {
-            space.write(output, result.as_bytes())?;
+            memory.write(output, result.as_bytes())?;
         }
         Ok(0)
     })
@@ -183,15 +184,15 @@ pub(crate) fn bytes<'a>(
     most: usize,
     mut body: impl FnMut(&[u8]) -> Vec<u8> + Send + 'a,
 ) -> Behind<'a> {
-    Box::new(move |space, input, input_size, output, output_size| {
+    Box::new(move |memory, input, input_size, output, output_size| {
         if input_size > most as u64 {
             return Err(Through::Sizes);
         }
         let mut value = vec![0; input_size as usize];
-        space.read(input, &mut value)?;
+        memory.read(input, &mut value)?;
         let result = body(&value);
         let fits = result.len().min(output_size as usize);
-        space.write(output, result.get(..fits).unwrap_or_default())?;
+        memory.write(output, result.get(..fits).unwrap_or_default())?;
         Ok(result.len() as u64)
     })
 }

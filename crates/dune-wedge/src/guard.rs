@@ -1,14 +1,14 @@
 //! The guard: what happens when a compartment comes to ring 0.
 //!
 //! Every value from the compartment is wrong until checked. Memory is reached only through
-//! what its page tables allow it (`AddressSpace::read` and `write`), and data for the kernel
-//! goes through a buffer of the guard's, so that the kernel never sees an address of the
-//! compartment's, and sees what was checked.
+//! what its page tables allow it, or would if it had used the memory itself ([`Memory`]), and
+//! data for the kernel goes through a buffer of the guard's, so that the kernel never sees an
+//! address of the compartment's, and sees what was checked.
 #![expect(unsafe_code, reason = "makes granted system calls")]
 
-use dune::memory::UserFault;
 use dune::{PageFaultError, Trap, TrapFrame, UserContext};
 
+use crate::access::Memory;
 use crate::compartment::GrantedTag;
 use crate::error::{Access, CompartmentError};
 use crate::gate::Through;
@@ -46,6 +46,8 @@ pub(crate) enum Next {
 }
 
 type Outcome = Result<Next, CompartmentError>;
+/// What a system call returns inside.
+type Answer = Result<u64, CompartmentError>;
 
 impl Guard<'_, '_> {
     /// Handles why ring 3 came back.
@@ -71,39 +73,38 @@ impl Guard<'_, '_> {
         } else {
             Access::Read
         };
-        let result = if access == Access::Execute {
-            Err(Denied::NotGranted)
-        } else {
-            let is_write = access == Access::Write;
-            self.shell.resolve(address, is_write, self.limits)
-        };
-        let denied = match result {
-            Ok(()) => return Ok(Next::Resume),
-            Err(denied) => denied,
-        };
-        if let (Denied::NotGranted, Some(learned)) = (&denied, &mut self.policy.learned)
-            && let Some(writable) = learned.memory(address, access, context.registers().rip)
-        {
-            self.shell.show_process(address, writable)?;
+        let at = context.registers().rip;
+        let Err(denied) = self.memory(at).resolve(address, access) else {
             return Ok(Next::Resume);
-        }
-        Err(match denied {
-            Denied::NotGranted => CompartmentError::Fault {
-                address,
-                access,
-                at: context.registers().rip,
-                what: self.describe(address),
-            },
-            denied => self.error_of(denied),
-        })
+        };
+        let fault = CompartmentError::Fault {
+            address,
+            access,
+            at,
+            what: self.describe(address),
+        };
+        Err(self.error_of(denied, fault))
     }
 
-    pub(crate) fn error_of(&self, denied: Denied) -> CompartmentError {
+    /// The compartment's memory, used by the instruction at `at`.
+    #[inline]
+    pub(crate) fn memory(&mut self, at: u64) -> Memory<'_> {
+        Memory {
+            shell: self.shell,
+            limits: self.limits,
+            learned: self.policy.learned.as_deref_mut(),
+            at,
+        }
+    }
+
+    /// What it means for a run that memory was denied; `not_granted` if it had none to give.
+    pub(crate) fn error_of(
+        &self,
+        denied: Denied,
+        not_granted: CompartmentError,
+    ) -> CompartmentError {
         match denied {
-            Denied::NotGranted => CompartmentError::BadResult {
-                address: 0,
-                bytes: 0,
-            },
+            Denied::NotGranted => not_granted,
             Denied::StackOverflow => CompartmentError::StackOverflow {
                 limit: self.limits.stack,
             },
@@ -160,10 +161,19 @@ impl Guard<'_, '_> {
         let refused = |reason| CompartmentError::RefusedGate { gate, reason };
         let entry = self.policy.gates.iter_mut().find(|e| e.address == gate);
         let Some(entry) = entry else {
+            if let Some(learned) = &mut self.policy.learned {
+                learned.gates.insert(gate);
+            }
             return Err(refused("it was not given; Builder::gate gives it"));
         };
+        let mut memory = Memory {
+            shell: self.shell,
+            limits: self.limits,
+            learned: self.policy.learned.as_deref_mut(),
+            at: registers.rip,
+        };
         (entry.behind)(
-            &self.shell.space,
+            &mut memory,
             registers.rsi,
             registers.rdx,
             registers.r10,
@@ -171,15 +181,16 @@ impl Guard<'_, '_> {
         )
         .map_err(|through| match through {
             Through::Sizes => refused("input or output do not have the sizes that it takes"),
-            Through::Fault(UserFault { .. }) => {
-                refused("input or output are not the compartment's own memory")
-            }
+            Through::Denied(denied) => self.error_of(
+                denied,
+                refused("input or output are not the compartment's own memory"),
+            ),
         })
     }
 
     /// System calls, and the requests that are seldom.
     #[cold]
-    fn call(&mut self, number: u64, registers: &TrapFrame) -> Result<u64, CompartmentError> {
+    fn call(&mut self, number: u64, registers: &TrapFrame) -> Answer {
         let arguments = [
             registers.rdi,
             registers.rsi,
@@ -194,9 +205,9 @@ impl Guard<'_, '_> {
         match number {
             request::PANIC => {
                 let mut text = vec![0; (b as usize).min(LONGEST_MESSAGE)];
-                let message = match self.shell.space.read(a, &mut text) {
+                let message = match self.memory(registers.rip).read(a, &mut text) {
                     Ok(()) => String::from_utf8_lossy(&text).into_owned(),
-                    Err(fault) => format!("(a message that it cannot read: {fault})"),
+                    Err(_) => format!("(a message at {a:#x}, which it cannot read)"),
                 };
                 return Err(CompartmentError::Panicked { message });
             }
@@ -229,9 +240,10 @@ impl Guard<'_, '_> {
             libc::SYS_sched_yield | libc::SYS_munmap | libc::SYS_sigaltstack => Ok(0),
             libc::SYS_rt_sigprocmask => {
                 // There are no signals in a compartment; the old mask is empty.
-                let old = [0_u8; 8];
-                let fits = c == 0 || self.shell.space.write(c, &old).is_ok();
-                Ok(if fits { 0 } else { errno(libc::EFAULT) })
+                if c == 0 {
+                    return Ok(0);
+                }
+                self.hand_out(registers.rip, 0, c, &[0; 8])
             }
             libc::SYS_read | libc::SYS_pread64 | libc::SYS_recvfrom => {
                 let needed = needed(FileRights::READ, number);
@@ -243,7 +255,7 @@ impl Guard<'_, '_> {
                 if number as i64 == libc::SYS_recvfrom && e != 0 {
                     return refused("recvfrom with an address cannot be granted");
                 }
-                Ok(self.read(number, a, b, c, d))
+                self.read(registers.rip, number, [a, b, c, d])
             }
             libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_sendto => {
                 let needed = needed(FileRights::WRITE, number);
@@ -255,7 +267,7 @@ impl Guard<'_, '_> {
                 if number as i64 == libc::SYS_sendto && e != 0 {
                     return refused("sendto with an address cannot be granted");
                 }
-                Ok(self.write(number, a, b, c, d))
+                self.write(registers.rip, number, [a, b, c, d])
             }
             libc::SYS_lseek => {
                 if !self.policy.allows_file(a, FileRights::SEEK) {
@@ -272,12 +284,12 @@ impl Guard<'_, '_> {
                         "it has no right to the descriptor's state; Builder::file grants it",
                     );
                 }
-                Ok(self.stat(a, b))
+                self.stat(registers.rip, a, b)
             }
             // What libc makes of fstat: an empty path, and AT_EMPTY_PATH alone.
             libc::SYS_newfstatat => {
                 let mut path = [1];
-                let is_empty = self.shell.space.read(b, &mut path).is_ok() && path == [0];
+                let is_empty = self.memory(registers.rip).read(b, &mut path).is_ok() && path == [0];
                 if !is_empty || d != libc::AT_EMPTY_PATH as u64 {
                     return refused("paths cannot be granted; open the file outside");
                 }
@@ -286,19 +298,19 @@ impl Guard<'_, '_> {
                         "it has no right to the descriptor's state; Builder::file grants it",
                     );
                 }
-                Ok(self.stat(a, c))
+                self.stat(registers.rip, a, c)
             }
             libc::SYS_clock_gettime | libc::SYS_gettimeofday | libc::SYS_time => {
                 if !self.policy.allows_calls(Calls::CLOCKS) {
                     return refused("it was not given Calls::CLOCKS");
                 }
-                Ok(self.clock(number, a, b))
+                self.clock(registers.rip, number, a, b)
             }
             libc::SYS_getrandom => {
                 if !self.policy.allows_calls(Calls::RANDOM) {
                     return refused("it was not given Calls::RANDOM");
                 }
-                Ok(self.random(a, b, c))
+                self.random(registers.rip, a, b, c)
             }
             _ => {
                 if let Some(learned) = &mut self.policy.learned {
@@ -317,49 +329,42 @@ impl Guard<'_, '_> {
     }
 
     /// A call `(descriptor, buffer, length, flags or position)` that fills the buffer.
-    fn read(&self, number: u64, fd: u64, to: u64, length: u64, more: u64) -> u64 {
+    fn read(&mut self, at: u64, number: u64, [fd, to, length, more]: [u64; 4]) -> Answer {
         let mut buffer = vec![0; (length as usize).min(BUFFER)];
         let [from, size] = [buffer.as_mut_ptr() as u64, buffer.len() as u64];
         // SAFETY: the kernel writes to the buffer alone: no address is passed on.
         let result = unsafe { raw(number, [fd, from, size, more, 0, 0]) };
-        let Some(read) = usize::try_from(result as i64)
-            .ok()
-            .and_then(|n| buffer.get(..n))
-        else {
-            return result;
-        };
-        match self.shell.space.write(to, read) {
-            Ok(()) => result,
-            Err(_) => errno(libc::EFAULT),
-        }
+        self.hand_out(at, result, to, filled(&buffer, result))
     }
 
     /// A call `(descriptor, buffer, length, flags or position)` that takes the buffer.
-    fn write(&self, number: u64, fd: u64, from: u64, length: u64, more: u64) -> u64 {
+    fn write(&mut self, at: u64, number: u64, [fd, from, length, more]: [u64; 4]) -> Answer {
         let mut buffer = vec![0; (length as usize).min(BUFFER)];
-        if self.shell.space.read(from, &mut buffer).is_err() {
-            return errno(libc::EFAULT);
+        match self.memory(at).read(from, &mut buffer) {
+            Ok(()) => {}
+            Err(Denied::NotGranted) => return Ok(errno(libc::EFAULT)),
+            Err(denied) => return Err(self.out_of(denied)),
         }
         let [from, size] = [buffer.as_ptr() as u64, buffer.len() as u64];
         // SAFETY: the kernel reads the buffer alone: no address is passed on.
-        unsafe { raw(number, [fd, from, size, more, 0, 0]) }
+        Ok(unsafe { raw(number, [fd, from, size, more, 0, 0]) })
     }
 
-    fn stat(&self, fd: u64, to: u64) -> u64 {
+    fn stat(&mut self, at: u64, fd: u64, to: u64) -> Answer {
         let mut buffer = [0_u8; size_of::<libc::stat>()];
         let into = buffer.as_mut_ptr() as u64;
         // SAFETY: the buffer has the size of the kernel's structure.
         let result = unsafe { raw(libc::SYS_fstat as u64, [fd, into, 0, 0, 0, 0]) };
-        self.hand_out(result, to, &buffer)
+        self.hand_out(at, result, to, &buffer)
     }
 
-    fn clock(&self, number: u64, a: u64, b: u64) -> u64 {
+    fn clock(&mut self, at: u64, number: u64, a: u64, b: u64) -> Answer {
         let mut buffer = [0_u8; 16];
         let into = buffer.as_mut_ptr() as u64;
         if number as i64 == libc::SYS_clock_gettime {
             // SAFETY: 16 bytes, as the structure has.
             let result = unsafe { raw(number, [a, into, 0, 0, 0, 0]) };
-            return self.hand_out(result, b, &buffer);
+            return self.hand_out(at, result, b, &buffer);
         }
         let call = libc::SYS_gettimeofday as u64;
         // SAFETY: as above; no time zone is asked for.
@@ -368,40 +373,48 @@ impl Guard<'_, '_> {
             let [s0, s1, s2, s3, s4, s5, s6, s7, ..] = buffer;
             let seconds = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             return if a == 0 {
-                seconds
+                Ok(seconds)
             } else {
-                self.hand_out(seconds, a, &seconds.to_le_bytes())
+                self.hand_out(at, seconds, a, &seconds.to_le_bytes())
             };
         }
         if a == 0 {
-            return result;
+            return Ok(result);
         }
-        self.hand_out(result, a, &buffer)
+        self.hand_out(at, result, a, &buffer)
     }
 
-    fn random(&self, to: u64, length: u64, flags: u64) -> u64 {
+    fn random(&mut self, at: u64, to: u64, length: u64, flags: u64) -> Answer {
         let mut buffer = vec![0; (length as usize).min(BUFFER)];
         let [from, size] = [buffer.as_mut_ptr() as u64, buffer.len() as u64];
         // SAFETY: the kernel writes to the buffer alone.
         let result = unsafe { raw(libc::SYS_getrandom as u64, [from, size, flags, 0, 0, 0]) };
-        let Some(read) = usize::try_from(result as i64)
-            .ok()
-            .and_then(|n| buffer.get(..n))
-        else {
-            return result;
-        };
-        self.hand_out(result, to, read)
+        self.hand_out(at, result, to, filled(&buffer, result))
     }
 
-    fn hand_out(&self, result: u64, to: u64, bytes: &[u8]) -> u64 {
+    /// Copies what the kernel answered to where the compartment wants it.
+    fn hand_out(&mut self, at: u64, result: u64, to: u64, bytes: &[u8]) -> Answer {
         if (result as i64) < 0 {
-            return result;
+            return Ok(result);
         }
-        match self.shell.space.write(to, bytes) {
-            Ok(()) => result,
-            Err(_) => errno(libc::EFAULT),
+        match self.memory(at).write(to, bytes) {
+            Ok(()) => Ok(result),
+            Err(Denied::NotGranted) => Ok(errno(libc::EFAULT)),
+            Err(denied) => Err(self.out_of(denied)),
         }
     }
+
+    /// The error for memory that the compartment has a claim to, and that there is not.
+    fn out_of(&self, denied: Denied) -> CompartmentError {
+        let limit = self.limits.memory;
+        self.error_of(denied, CompartmentError::OutOfMemory { limit })
+    }
+}
+
+/// The part of a buffer that a call says it has filled.
+fn filled(buffer: &[u8], result: u64) -> &[u8] {
+    let length = usize::try_from(result as i64).unwrap_or(0);
+    buffer.get(..length).unwrap_or_default()
 }
 
 /// What a call leads to that was not granted.

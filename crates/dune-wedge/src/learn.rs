@@ -19,6 +19,9 @@ pub struct Learned {
     /// System calls that cannot: their numbers. The run ended at the first of them, unless
     /// refusals are errors inside.
     pub refused: BTreeSet<u64>,
+    /// Gates that were called, by address. What is behind them nobody but the parent can say,
+    /// so the run ended at the first of them.
+    pub gates: BTreeSet<u64>,
     /// Tags that were used, by their first address, and whether they were written to.
     pub tags: BTreeMap<u64, bool>,
     /// Other memory of the process, by what it is, with what was done to it and how many
@@ -96,6 +99,9 @@ impl fmt::Display for Learned {
         for (start, written) in &self.tags {
             let grant = if *written { "ReadWrite" } else { "Read" };
             writeln!(f, ".tag(the tag at {start:#x}, Grant::{grant})")?;
+        }
+        for gate in &self.gates {
+            writeln!(f, ".gate(the gate at {gate:#x}, what is behind it)")?;
         }
         for (name, touched) in &self.memory {
             let Touched { pages, written, at } = *touched;

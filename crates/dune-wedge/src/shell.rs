@@ -2,8 +2,9 @@
 //!
 //! Pages come into being when they are touched. They stay for the next use: going back to
 //! the beginning means putting back what the dirty bits say was written. Clearing a dirty bit
-//! costs a flush, so a page that is written in every use (the top of the stack, mostly) keeps
-//! it, and is put back without asking.
+//! costs a flush, so a page that is written in every use keeps it, and is put back without
+//! asking. The top of the stack is one from the beginning: the guard writes to it too, by
+//! another way than the tables that have the bit.
 #![expect(unsafe_code, reason = "maps pages of its own for ring 3")]
 
 use dune::memory::{AddressSpace, Flush, PageEntry, PageSize, PteFlags, SpaceError, VirtRange};
@@ -58,7 +59,8 @@ struct Private {
 impl Private {
     fn fill(&self) {
         match self.original {
-            // SAFETY: a page of the image or of a tag, which stays for as long as this.
+            // SAFETY: a page of the image or of a tag, which stays for as long as this; no Rust
+            // reference leads there.
             Some(original) => unsafe { self.frame.copy_from(original) },
             None => self.frame.zero(),
         }
@@ -85,9 +87,9 @@ impl Shell {
     pub(crate) fn new(runtime: &'static Runtime) -> Result<Self, SpaceError> {
         let mut space = AddressSpace::empty()?;
         runtime.image().lend_to(&mut space)?;
-        for (at, from) in runtime.image().thread_pages() {
+        if let Some((at, from, bytes)) = runtime.image().thread_pages() {
             // SAFETY: read-only, and never unmapped.
-            unsafe { space.map_memory(page_range(at), from, PteFlags::R) }?;
+            unsafe { space.map_memory(range_of(at, at + bytes), from, PteFlags::R) }?;
         }
         let mut shell = Self {
             space,
@@ -112,7 +114,7 @@ impl Shell {
             frame,
             entry: None,
             original,
-            written: 0,
+            written: if at == STACK_TOP - PAGE { HABIT } else { 0 },
         };
         page.fill();
         let result = self.map(&page);
@@ -142,8 +144,11 @@ impl Shell {
         }
     }
 
+    /// Whether the compartment may write to a page already, as it may to all of its own.
     fn has(&self, page: u64) -> bool {
-        self.pages.iter().any(|private| private.at == page)
+        let walk = self.space.walk(GuestVirt::new_truncate(page)).ok();
+        walk.and_then(|walk| walk.permissions())
+            .is_some_and(|rights| rights.user && rights.writable)
     }
 
     /// Gives the page at an address that ring 3 could not use, if it has a claim to it.
@@ -282,6 +287,7 @@ impl Shell {
             if (start..end).contains(&self.pages[index].at) {
                 let page = self.pages.swap_remove(index);
                 self.space.unmap(page_range(page.at))?;
+                page.frame.zero();
                 self.runtime.frames().give(page.frame);
             } else {
                 index += 1;

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use dune::EnterError;
+use dune::memory::copy_shared;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::inside;
@@ -301,14 +302,14 @@ impl Tag {
         self.check(address, into.len() as u64)?;
         // SAFETY: within the tag, to which there is no reference; compartments may write
         // meanwhile, and any bytes will do.
-        unsafe { core::ptr::copy(address as *const u8, into.as_mut_ptr(), into.len()) };
+        unsafe { copy_shared(address as *const u8, into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
     fn write_bytes(&self, address: u64, bytes: &[u8]) -> Result<(), TagError> {
         self.check(address, bytes.len() as u64)?;
         // SAFETY: as above.
-        unsafe { core::ptr::copy(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        unsafe { copy_shared(bytes.as_ptr(), address as *mut u8, bytes.len()) };
         Ok(())
     }
 }
@@ -379,7 +380,7 @@ impl<T: FromBytes + IntoBytes + Immutable> In<T> {
         let into = value.as_mut_bytes();
         // SAFETY: the addresses of tags hold nothing else; others may write meanwhile, and
         // any bytes will do.
-        unsafe { core::ptr::copy(self.address as *const u8, into.as_mut_ptr(), into.len()) };
+        unsafe { copy_shared(self.address as *const u8, into.as_mut_ptr(), into.len()) };
         value
     }
 
@@ -391,7 +392,7 @@ impl<T: FromBytes + IntoBytes + Immutable> In<T> {
         assert!(is_in_tags(self.address, size_of::<T>() as u64));
         let from = value.as_bytes();
         // SAFETY: as above.
-        unsafe { core::ptr::copy(from.as_ptr(), self.address as *mut u8, from.len()) };
+        unsafe { copy_shared(from.as_ptr(), self.address as *mut u8, from.len()) };
     }
 }
 
@@ -431,7 +432,7 @@ impl BytesIn {
         assert!(is_in_tags(self.address, self.length));
         let mut bytes = vec![0; self.len()];
         // SAFETY: as for `In`.
-        unsafe { core::ptr::copy(self.address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        unsafe { copy_shared(self.address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         bytes
     }
 
@@ -442,7 +443,7 @@ impl BytesIn {
     pub fn write(self, bytes: &[u8]) {
         assert!(is_in_tags(self.address, self.length) && bytes.len() <= self.len());
         // SAFETY: as for `In`.
-        unsafe { core::ptr::copy(bytes.as_ptr(), self.address as *mut u8, bytes.len()) };
+        unsafe { copy_shared(bytes.as_ptr(), self.address as *mut u8, bytes.len()) };
     }
 }
 

@@ -1,16 +1,19 @@
 //! Time limits: a thread looks at the clock, and interrupts whoever is late.
 //!
-//! A run costs two stores. The thread ticks while compartments run, and goes to sleep when
+//! A run costs a few stores. The thread ticks while compartments run, and goes to sleep when
 //! none has for a while. It interrupts a late one by a signal, at every tick until it has
-//! ended, so it does not matter when exactly a signal arrives.
+//! ended, so it does not matter when exactly a signal arrives. A run in whose gate another
+//! compartment runs goes on ageing, and is ended when it is back.
 //!
 //! ```text
 //!   slot of a thread:  run = 0 (no compartment runs) or the number of the run
+//!                      outer = the number of the run in one of whose gates it is, or 0
 //!                      late = the number of the run that has to end
+//!                      version = odd while run, outer and limit change
 //! ```
 #![expect(unsafe_code, reason = "signals")]
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Thread;
@@ -25,9 +28,52 @@ const IDLE_TICKS: u32 = 100;
 #[derive(Debug, Default)]
 pub(crate) struct Slot {
     thread: AtomicU32,
+    version: AtomicU64,
     run: AtomicU64,
+    outer: AtomicU64,
     limit_ns: AtomicU64,
     late: AtomicU64,
+}
+
+/// What a slot says of the present.
+#[derive(Clone, Copy, Debug, Default)]
+struct Present {
+    run: u64,
+    outer: u64,
+    limit_ns: u64,
+}
+
+impl Slot {
+    /// What the slot's own thread wrote last.
+    #[inline]
+    fn own(&self) -> Present {
+        Present {
+            run: self.run.load(Ordering::Relaxed),
+            outer: self.outer.load(Ordering::Relaxed),
+            limit_ns: self.limit_ns.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Replaces it; for the slot's own thread.
+    #[inline]
+    fn set(&self, present: Present) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.outer.store(present.outer, Ordering::Relaxed);
+        self.limit_ns.store(present.limit_ns, Ordering::Relaxed);
+        self.run.store(present.run, Ordering::Relaxed);
+        self.version.store(version + 2, Ordering::SeqCst);
+    }
+
+    /// What it says, for another thread; `None` while it changes.
+    fn look(&self) -> Option<Present> {
+        let version = self.version.load(Ordering::SeqCst);
+        let present = self.own();
+        fence(Ordering::Acquire);
+        let is_whole = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
+        is_whole.then_some(present)
+    }
 }
 
 #[derive(Debug)]
@@ -103,16 +149,17 @@ impl Watchdog {
     /// Begins to measure a run; ends with the value.
     #[inline]
     pub(crate) fn begin(&self, slot: &Arc<Slot>, limit: Duration) -> Timed {
-        let outer = slot.run.load(Ordering::Relaxed);
+        let outer = slot.own();
         let number = NEXT_RUN.with(|next| {
             let number = next.get();
             next.set(number + 1);
             number
         });
-        let outer_limit = slot.limit_ns.load(Ordering::Relaxed);
-        let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        slot.limit_ns.store(limit, Ordering::Relaxed);
-        slot.run.store(number, Ordering::SeqCst);
+        slot.set(Present {
+            run: number,
+            outer: outer.run,
+            limit_ns: u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX),
+        });
         if self.shared.sleeps.load(Ordering::SeqCst) {
             self.thread.unpark();
         }
@@ -120,7 +167,6 @@ impl Watchdog {
             slot: Arc::clone(slot),
             number,
             outer,
-            outer_limit,
         }
     }
 }
@@ -134,9 +180,8 @@ thread_local! {
 pub(crate) struct Timed {
     slot: Arc<Slot>,
     number: u64,
-    /// The run in one of whose gates this one is; its time stands still meanwhile.
-    outer: u64,
-    outer_limit: u64,
+    /// The run in one of whose gates this one is.
+    outer: Present,
 }
 
 impl Timed {
@@ -149,10 +194,7 @@ impl Timed {
 impl Drop for Timed {
     #[inline]
     fn drop(&mut self) {
-        self.slot
-            .limit_ns
-            .store(self.outer_limit, Ordering::Relaxed);
-        self.slot.run.store(self.outer, Ordering::SeqCst);
+        self.slot.set(self.outer);
     }
 }
 
@@ -179,10 +221,42 @@ fn install_handler() -> std::io::Result<()> {
     Ok(())
 }
 
+/// Runs of a slot that were seen and have not ended, the outermost first.
+#[derive(Clone, Debug, Default)]
+struct Seen(Vec<Sighting>);
+
+#[derive(Clone, Copy, Debug)]
+struct Sighting {
+    run: u64,
+    since: Instant,
+    limit: Duration,
+}
+
+impl Seen {
+    /// Notes what runs at a moment, and says which run has to end: that one, or the innermost
+    /// of those that wait for it in a gate.
+    fn note(&mut self, present: Present, now: Instant) -> Option<u64> {
+        let Present {
+            run,
+            outer,
+            limit_ns,
+        } = present;
+        // Numbers grow: what lies between has ended.
+        self.0.retain(|seen| seen.run == run || seen.run <= outer);
+        if self.0.last().is_none_or(|seen| seen.run != run) {
+            self.0.push(Sighting {
+                run,
+                since: now,
+                limit: Duration::from_nanos(limit_ns),
+            });
+        }
+        let is_late = |seen: &&Sighting| now.duration_since(seen.since) >= seen.limit;
+        self.0.iter().rev().find(is_late).map(|seen| seen.run)
+    }
+}
+
 fn watch(shared: &Shared) {
-    /// What was seen of a slot: a run, and since when.
-    type Seen = (u64, Instant);
-    let mut seen: Vec<Option<Seen>> = Vec::new();
+    let mut seen: Vec<Seen> = Vec::new();
     let mut idle = 0;
     loop {
         std::thread::sleep(TICK);
@@ -196,25 +270,22 @@ fn watch(shared: &Shared) {
                 slots.retain(|slot| slot.thread.load(Ordering::SeqCst) != 0);
                 seen.clear();
             }
-            seen.resize(slots.len(), None);
+            seen.resize_with(slots.len(), Seen::default);
             for (slot, seen) in slots.iter().zip(&mut seen) {
-                let run = slot.run.load(Ordering::SeqCst);
-                if run == 0 {
-                    *seen = None;
+                let Some(present) = slot.look() else {
+                    running = true;
+                    continue;
+                };
+                if present.run == 0 {
+                    seen.0.clear();
                     continue;
                 }
                 running = true;
-                let since = match *seen {
-                    Some((number, since)) if number == run => since,
-                    _ => {
-                        *seen = Some((run, Instant::now()));
-                        continue;
+                if let Some(late) = seen.note(present, Instant::now()) {
+                    slot.late.store(late, Ordering::SeqCst);
+                    if late == present.run {
+                        interrupt(slot);
                     }
-                };
-                let limit = Duration::from_nanos(slot.limit_ns.load(Ordering::Relaxed));
-                if since.elapsed() >= limit {
-                    slot.late.store(run, Ordering::SeqCst);
-                    interrupt(slot);
                 }
             }
         }
@@ -225,7 +296,7 @@ fn watch(shared: &Shared) {
             // Whoever begins from here on sees that this thread sleeps.
             let begun = slots
                 .iter()
-                .any(|slot| slot.run.load(Ordering::SeqCst) != 0);
+                .any(|slot| slot.look().is_none_or(|present| present.run != 0));
             drop(slots);
             if !begun {
                 std::thread::park();
@@ -242,5 +313,56 @@ fn interrupt(slot: &Slot) {
         let process = std::process::id();
         // SAFETY: a thread of this process, or none any more; the handler does nothing.
         let _ = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(run: u64, outer: u64, limit_ms: u64) -> Present {
+        Present {
+            run,
+            outer,
+            limit_ns: limit_ms * 1_000_000,
+        }
+    }
+
+    #[test]
+    fn a_run_ages_while_others_run_in_its_gates() {
+        let mut seen = Seen::default();
+        let begin = Instant::now();
+        let after = |ms| begin + Duration::from_millis(ms);
+        assert_eq!(seen.note(at(1, 0, 50), after(0)), None);
+        // A new one at every tick, none of them late.
+        for tick in 1..5 {
+            assert_eq!(seen.note(at(1 + tick, 1, 50), after(tick * 10)), None);
+        }
+        assert_eq!(seen.note(at(1, 0, 50), after(49)), None);
+        assert_eq!(seen.note(at(7, 1, 50), after(50)), Some(1));
+        assert_eq!(seen.note(at(1, 0, 50), after(55)), Some(1));
+        // The next run of the thread is a new one.
+        assert_eq!(seen.note(at(8, 0, 50), after(60)), None);
+        assert_eq!(seen.0.len(), 1);
+    }
+
+    #[test]
+    fn the_innermost_late_run_ends_first() {
+        let mut seen = Seen::default();
+        let begin = Instant::now();
+        let after = |ms| begin + Duration::from_millis(ms);
+        assert_eq!(seen.note(at(1, 0, 30), after(0)), None);
+        assert_eq!(seen.note(at(2, 1, 10), after(10)), None);
+        assert_eq!(seen.note(at(2, 1, 10), after(40)), Some(2));
+        assert_eq!(seen.note(at(1, 0, 30), after(50)), Some(1));
+    }
+
+    #[test]
+    fn a_slot_that_changes_is_not_read() {
+        let slot = Slot::default();
+        slot.set(at(3, 1, 2));
+        assert_eq!(slot.look().map(|present| present.run), Some(3));
+        slot.version.fetch_add(1, Ordering::SeqCst);
+        assert!(slot.look().is_none());
     }
 }

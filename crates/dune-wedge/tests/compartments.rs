@@ -344,6 +344,159 @@ static DOUBLE: Gate<u64, u64> = Gate::new("double");
 static ECHO: BytesGate = BytesGate::new("echo", 100);
 static INNER: Gate<u64, u64> = Gate::new("inner");
 
+/// How many of so many bytes from an address on are of the secret.
+fn secret_bytes(address: u64, bytes: u64) -> u64 {
+    (address..address + bytes)
+        // SAFETY: the compartment's own memory, in use or not.
+        .filter(|at| unsafe { (*at as *const u8).read_volatile() } == SECRET_BYTE)
+        .count() as u64
+}
+
+const SECRET_BYTE: u8 = 0x5e;
+
+fn nothing_that_the_guard_put_there_is_left_for_the_next_run() {
+    start();
+    let (reader, writer) = std::io::pipe().unwrap();
+    use std::io::Write;
+    use std::os::fd::{AsFd, AsRawFd};
+    let fd = reader.as_raw_fd();
+    let mut compartment = Compartment::builder()
+        .bytes_gate(&ECHO, |_| vec![SECRET_BYTE; 8000])
+        .file(reader.as_fd(), FileRights::READ)
+        .build()
+        .unwrap();
+    // What lies behind the input. Three runs, because pages that are written in every run are
+    // treated in another way.
+    for _ in 0..3 {
+        let long = compartment.run_bytes(|input| vec![input[0]], &[SECRET_BYTE; 20_000], 1);
+        assert_eq!(long.unwrap(), [SECRET_BYTE]);
+        let found = |input: &[u8]| {
+            secret_bytes(input.as_ptr() as u64, 20_000)
+                .to_le_bytes()
+                .to_vec()
+        };
+        assert_eq!(compartment.run_bytes(found, b"-", 8).unwrap(), [0; 8]);
+    }
+    // Inputs on the stack, in its first page and in more.
+    const TOP: u64 = 0x1000_0020_0000;
+    let search = |()| secret_bytes(TOP - 32_000, 32_000);
+    for _ in 0..3 {
+        compartment
+            .run(|_: [u8; 600]| (), [SECRET_BYTE; 600])
+            .unwrap();
+        assert_eq!(compartment.run(search, ()).unwrap(), 0);
+        let large = [SECRET_BYTE; 24_000];
+        let first = compartment.run(|all: [u8; 24_000]| all[0], large);
+        assert_eq!(first.unwrap(), SECRET_BYTE);
+        assert_eq!(compartment.run(search, ()).unwrap(), 0);
+    }
+    // What gates and system calls bring, in pages that the compartment did not write to.
+    let search = |()| {
+        let all: Vec<u8> = Vec::with_capacity(8000);
+        secret_bytes(all.as_ptr() as u64, 8000)
+    };
+    let gate = |()| {
+        let mut all = vec![0; 8000];
+        ECHO.call(&[], &mut all);
+        u64::from(all[7999])
+    };
+    let read = |fd: i32| {
+        let mut all = vec![0_u8; 8000];
+        // SAFETY: the buffer.
+        let length = unsafe { libc::read(fd, all.as_mut_ptr().cast(), all.len()) };
+        assert_eq!(length, 8000);
+        u64::from(all[7999])
+    };
+    for _ in 0..3 {
+        assert_eq!(compartment.run(gate, ()).unwrap(), u64::from(SECRET_BYTE));
+        assert_eq!(compartment.run(search, ()).unwrap(), 0);
+        (&writer).write_all(&[SECRET_BYTE; 8000]).unwrap();
+        assert_eq!(compartment.run(read, fd).unwrap(), u64::from(SECRET_BYTE));
+        assert_eq!(compartment.run(search, ()).unwrap(), 0);
+    }
+}
+
+static BUFFER: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
+
+fn memory_that_was_not_touched_yet_can_be_filled_and_returned() {
+    start();
+    let (reader, writer) = std::io::pipe().unwrap();
+    use std::io::Write;
+    use std::os::fd::{AsFd, AsRawFd};
+    let fd = reader.as_raw_fd();
+    let mut compartment = Compartment::builder()
+        .file(reader.as_fd(), FileRights::READ)
+        .memory(4 << 20)
+        .build()
+        .unwrap();
+    // Variables are shared until they are written to.
+    let read = |fd: i32| {
+        let into = BUFFER.as_ptr().cast_mut().cast();
+        // SAFETY: atomic integers, of which any bytes will do.
+        let length = unsafe { libc::read(fd, into, size_of_val(&BUFFER)) };
+        assert_eq!(length, 5);
+        BUFFER[0].load(Ordering::Relaxed)
+    };
+    (&writer).write_all(b"hello").unwrap();
+    let word = u64::from_le_bytes(*b"hello\0\0\0");
+    assert_eq!(compartment.run(read, fd).unwrap(), word);
+    assert_eq!(BUFFER[0].load(Ordering::Relaxed), 0, "the process's own");
+    // Zeros that were never touched.
+    let zeros = compartment.run_bytes(|_| vec![0; 200_000], b"", 200_000);
+    assert!(zeros.unwrap().iter().all(|byte| *byte == 0));
+    // More than it may have.
+    let result = compartment.run_bytes(|_| vec![0; 8 << 20], b"", 8 << 20);
+    assert!(
+        matches!(result, Err(CompartmentError::OutOfMemory { .. })),
+        "{:?}",
+        result.map(|all| all.len())
+    );
+}
+
+fn what_does_not_fit_on_the_stack_is_refused() {
+    start();
+    let mut compartment = Compartment::builder().stack(64 << 10).build().unwrap();
+    let input = compartment.run(|all: [u8; 80_000]| all[1], [1; 80_000]);
+    assert!(
+        matches!(input, Err(CompartmentError::InputTooLarge { .. })),
+        "{input:?}"
+    );
+    let output = compartment.run(|()| [1_u8; 80_000], ());
+    assert!(
+        matches!(output, Err(CompartmentError::InputTooLarge { .. })),
+        "{:?}",
+        output.map(|_| ())
+    );
+    assert_eq!(compartment.run(|()| [1_u8; 30_000], ()).unwrap()[7], 1);
+}
+
+fn a_loop_of_calls_that_run_compartments_is_ended_too() {
+    start();
+    let mut inner = Compartment::builder().build().unwrap();
+    let mut outer = Compartment::builder()
+        .time_limit(Duration::from_millis(100))
+        .gate(&INNER, |n: u64| inner.run(|n: u64| n + 1, n).unwrap_or(0))
+        .build()
+        .unwrap();
+    let begin = Instant::now();
+    let result = outer.run(
+        |mut n: u64| {
+            loop {
+                n = INNER.call(n);
+            }
+        },
+        0,
+    );
+    let _: Result<u64, _> = result;
+    assert!(
+        matches!(result, Err(CompartmentError::TimeLimit { .. })),
+        "{result:?}"
+    );
+    assert!(begin.elapsed() >= Duration::from_millis(100));
+    drop(outer);
+    assert_eq!(inner.run(|n: u64| n, 7).unwrap(), 7);
+}
+
 fn gates_lead_to_closures_of_the_parent() {
     start();
     let mut calls = Vec::new();
@@ -714,6 +867,10 @@ dune_testing::tests! {
     ring0 memory_that_is_used_up_is_an_error,
     ring0 an_endless_loop_is_ended,
     ring0 runs_know_nothing_of_each_other,
+    ring0 nothing_that_the_guard_put_there_is_left_for_the_next_run,
+    ring0 memory_that_was_not_touched_yet_can_be_filled_and_returned,
+    ring0 what_does_not_fit_on_the_stack_is_refused,
+    ring0 a_loop_of_calls_that_run_compartments_is_ended_too,
     ring0 gates_lead_to_closures_of_the_parent,
     ring0 a_gate_may_run_another_compartment,
     ring0 a_panic_behind_a_gate_goes_on_in_the_parent,

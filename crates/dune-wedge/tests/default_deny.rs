@@ -1,5 +1,6 @@
 //! What a compartment was not given it does not have, whatever runs in it: a test for every
-//! kind of resource, most of them attacked by native code.
+//! kind of resource, each attacked by Rust and by native code in
+//! C that runs in the compartment.
 #![expect(unsafe_code, reason = "calls native code that attacks")]
 
 mod common;
@@ -22,36 +23,102 @@ unsafe extern "C" {
     fn attack_smash(address: u64) -> u64;
 }
 
-fn read(address: u64) -> u64 {
-    // SAFETY: what it may do is what is tested.
-    unsafe { attack_read(address) }
+/// Who attacks: Rust, or native code in C.
+type Form = u64;
+const RUST: Form = 0;
+const C: Form = 1;
+const FORMS: [Form; 2] = [RUST, C];
+
+fn read([form, address]: [u64; 2]) -> u64 {
+    if form == C {
+        // SAFETY: what it may do is what is tested.
+        return unsafe { attack_read(address) };
+    }
+    // SAFETY: as above.
+    unsafe { (address as *const u64).read_volatile() }
 }
 
-fn write(address: u64) {
+fn write([form, address]: [u64; 2]) {
+    if form == C {
+        // SAFETY: as above.
+        unsafe { attack_write(address) };
+        return;
+    }
     // SAFETY: as above.
-    unsafe { attack_write(address) };
+    unsafe { (address as *mut u64).write_volatile(0x6a7e5) };
 }
 
-fn jump(address: u64) -> u64 {
+fn jump([form, address]: [u64; 2]) -> u64 {
+    if form == C {
+        // SAFETY: as above.
+        return unsafe { attack_jump(address) };
+    }
     // SAFETY: as above.
-    unsafe { attack_jump(address) }
+    let function: extern "C" fn(u64, u64) -> u64 = unsafe { core::mem::transmute(address) };
+    function(1, 2)
 }
 
-fn return_to(address: u64) {
+fn return_to([form, address]: [u64; 2]) {
+    if form == C {
+        // SAFETY: as above.
+        unsafe { attack_return_to(address) };
+        return;
+    }
     // SAFETY: as above.
-    unsafe { attack_return_to(address) };
+    unsafe { core::arch::asm!("push {}", "ret", in(reg) address) };
 }
 
-fn call(all: [u64; 6]) -> i64 {
+fn call([form, number, a, b, c, d, e]: [u64; 7]) -> i64 {
+    if form == C {
+        // SAFETY: as above.
+        return unsafe { attack_call([number, a, b, c, d, e].as_ptr()) };
+    }
+    let result;
     // SAFETY: as above.
-    unsafe { attack_call(all.as_ptr()) }
+    unsafe {
+        core::arch::asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
+            lateout("rcx") _, lateout("r11") _,
+        );
+    }
+    result
+}
+
+/// Calls that say and do nothing, or end the compartment.
+const HARMLESS: [i64; 8] = [
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_sched_yield,
+    libc::SYS_munmap,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigprocmask,
+];
+
+/// How many system calls were not refused.
+fn every_call([form, secret]: [u64; 2]) -> u64 {
+    if form == C {
+        // SAFETY: as above.
+        return unsafe { attack_every_call(secret) };
+    }
+    const EPERM: i64 = -(libc::EPERM as i64);
+    (0..470)
+        .filter(|number| !HARMLESS.contains(number))
+        .filter(|number| call([RUST, *number as u64, secret, 4096, 7, 0x22, u64::MAX]) != EPERM)
+        .count() as u64
 }
 
 /// Nobody reads or writes there.
 #[track_caller]
 fn assert_out_of_reach(compartment: &mut Compartment<'_>, address: u64) {
-    assert_fault(compartment.run(read, address), address, Access::Read);
-    assert_fault(compartment.run(write, address), address, Access::Write);
+    for form in FORMS {
+        let attack = [form, address];
+        assert_fault(compartment.run(read, attack), address, Access::Read);
+        assert_fault(compartment.run(write, attack), address, Access::Write);
+    }
 }
 
 const SECRET: u64 = 0x5ec2_e7ab_cdef_0123;
@@ -67,8 +134,7 @@ fn the_parents_stack_and_heap_are_out_of_reach() {
         assert_out_of_reach(&mut compartment, address);
         // Nor by the alias that ring 0 has of all of the process.
         let high = address | 0xffff_8000_0000_0000;
-        assert_fault(compartment.run(read, high), high, Access::Read);
-        assert_fault(compartment.run(write, high), high, Access::Write);
+        assert_out_of_reach(&mut compartment, high);
     }
     assert_eq!((on_stack, *on_heap), (SECRET, SECRET));
 }
@@ -89,46 +155,57 @@ fn the_parents_globals_are_copies_from_the_start() {
     GLOBAL.store(SECRET, Ordering::SeqCst);
     let mut compartment = Compartment::builder().build().unwrap();
     let address = GLOBAL.as_ptr() as u64;
-    assert_eq!(compartment.run(read, address).unwrap(), 0);
-    compartment.run(write, address).unwrap();
-    assert_eq!(GLOBAL.load(Ordering::SeqCst), SECRET);
-    assert_eq!(compartment.run(read, address).unwrap(), 0);
+    for form in FORMS {
+        let attack = [form, address];
+        assert_eq!(compartment.run(read, attack).unwrap(), 0);
+        compartment.run(write, attack).unwrap();
+        assert_eq!(GLOBAL.load(Ordering::SeqCst), SECRET);
+        assert_eq!(compartment.run(read, attack).unwrap(), 0);
+    }
 }
 
 fn code_and_constants_cannot_be_changed() {
     start();
     let mut compartment = Compartment::builder().build().unwrap();
     let constant = CONSTANT.as_ptr() as u64;
-    assert_eq!(compartment.run(read, constant).unwrap(), 1);
+    for form in FORMS {
+        assert_eq!(compartment.run(read, [form, constant]).unwrap(), 1);
+    }
     let code = code_and_constants_cannot_be_changed as *const () as u64;
     let libc = libc::getpid as *const () as u64;
     for address in [constant, code, libc] {
-        assert_fault(compartment.run(write, address), address, Access::Write);
+        for form in FORMS {
+            let result = compartment.run(write, [form, address]);
+            assert_fault(result, address, Access::Write);
+        }
     }
 }
 
 fn data_cannot_be_executed() {
     start();
     let mut compartment = Compartment::builder().build().unwrap();
-    let result = compartment.run(
-        |()| {
-            let code = Box::leak(Box::new([0xc3_u8; 16]));
-            jump(code.as_ptr() as u64)
-        },
-        (),
-    );
-    assert!(
-        matches!(
-            result,
-            Err(CompartmentError::Fault {
-                access: Access::Execute,
-                ..
-            })
-        ),
-        "{result:?}"
-    );
-    let address = GLOBAL.as_ptr() as u64;
-    assert_fault(compartment.run(jump, address), address, Access::Execute);
+    for form in FORMS {
+        let result = compartment.run(
+            |form: Form| {
+                let code = Box::leak(Box::new([0xc3_u8; 16]));
+                jump([form, code.as_ptr() as u64])
+            },
+            form,
+        );
+        assert!(
+            matches!(
+                result,
+                Err(CompartmentError::Fault {
+                    access: Access::Execute,
+                    ..
+                })
+            ),
+            "{result:?}"
+        );
+        let address = GLOBAL.as_ptr() as u64;
+        let result = compartment.run(jump, [form, address]);
+        assert_fault(result, address, Access::Execute);
+    }
 }
 
 fn other_tags_are_out_of_reach() {
@@ -141,7 +218,10 @@ fn other_tags_are_out_of_reach() {
         .tag(&own, Grant::ReadWrite)
         .build()
         .unwrap();
-    assert_eq!(compartment.run(read, own.start()).unwrap(), SECRET);
+    for form in FORMS {
+        let own = compartment.run(read, [form, own.start()]);
+        assert_eq!(own.unwrap(), SECRET);
+    }
     assert_out_of_reach(&mut compartment, other.start());
     // Nor what lies around its own.
     for address in [own.start() - 8, own.start() + 4096] {
@@ -149,7 +229,18 @@ fn other_tags_are_out_of_reach() {
             assert_out_of_reach(&mut compartment, address);
         }
     }
-    // Nor by asking for memory in it.
+    // Nor by asking for memory in it, or for what it has to be free.
+    const ALLOCATE: u64 = 0x5744_0004;
+    const FREE: u64 = 0x5744_0005;
+    for request in [ALLOCATE, FREE] {
+        for form in FORMS {
+            let result = compartment.run(call, [form, request, other.start(), 16, 16, 0, 0]);
+            assert!(
+                matches!(result, Err(CompartmentError::Refused { .. })),
+                "{result:?}"
+            );
+        }
+    }
     let result = compartment.run(
         |tag: u64| u64::from(dune_wedge::allocate_inside(tag, 16).is_some()),
         other.start(),
@@ -167,8 +258,8 @@ fn a_tag_is_gone_with_the_compartment_that_had_it() {
     let address = tag.start();
     for grant in [Grant::Read, Grant::ReadWrite, Grant::CopyOnWrite] {
         let mut with = Compartment::builder().tag(&tag, grant).build().unwrap();
-        assert_eq!(with.run(read, address).unwrap(), SECRET);
-        let wrote = with.run(write, address).is_ok();
+        assert_eq!(with.run(read, [C, address]).unwrap(), SECRET);
+        let wrote = with.run(write, [RUST, address]).is_ok();
         assert_eq!(wrote, grant != Grant::Read);
         drop(with);
         // It has the address space of the one before, and so on.
@@ -209,8 +300,14 @@ fn another_compartments_memory_is_out_of_reach() {
         )
         .unwrap();
     // The same addresses are there in the other, and other memory.
-    let found = |at: u64| u64::from(read(at) == SECRET || GLOBAL.load(Ordering::SeqCst) == SECRET);
-    assert_eq!(other.run(found, place).unwrap(), 0);
+    let found = |[form, at]: [u64; 2]| {
+        let of_heap = read([form, at]);
+        let of_global = read([form, GLOBAL.as_ptr() as u64]);
+        u64::from(of_heap == SECRET || of_global == SECRET)
+    };
+    for form in FORMS {
+        assert_eq!(other.run(found, [form, place]).unwrap(), 0);
+    }
     // Pages of a compartment that ended go to others, empty.
     for _ in 0..100 {
         let mut compartment = Compartment::builder().build().unwrap();
@@ -239,14 +336,17 @@ fn a_descriptor_that_was_not_granted_is_refused() {
         .file(file.as_fd(), FileRights::all())
         .build()
         .unwrap();
-    let attempt = |fd: i32| call([libc::SYS_read as u64, fd as u64, 0x1000, 0, 0, 0]);
-    assert_eq!(compartment.run(attempt, file.as_raw_fd()).unwrap(), 0);
-    for fd in [other.as_raw_fd(), 0, 1, 2, -1, i32::MAX] {
-        let result = compartment.run(attempt, fd);
-        assert!(
-            matches!(result, Err(CompartmentError::Refused { number: 0, .. })),
-            "{fd}: {result:?}"
-        );
+    let attempt = |form, fd: i32| [form, libc::SYS_read as u64, fd as u64, 0x1000, 0, 0, 0];
+    for form in FORMS {
+        let granted = compartment.run(call, attempt(form, file.as_raw_fd()));
+        assert_eq!(granted.unwrap(), 0);
+        for fd in [other.as_raw_fd(), 0, 1, 2, -1, i32::MAX] {
+            let result = compartment.run(call, attempt(form, fd));
+            assert!(
+                matches!(result, Err(CompartmentError::Refused { number: 0, .. })),
+                "{fd}: {result:?}"
+            );
+        }
     }
 }
 
@@ -261,20 +361,18 @@ fn the_kernel_is_never_given_memory_that_is_not_the_compartments() {
         .build()
         .unwrap();
     const EFAULT: i64 = -(libc::EFAULT as i64);
-    let fd = writer.as_raw_fd() as u64;
-    let write_out = [libc::SYS_write as u64, fd, address, 8, 0, 0];
-    assert_eq!(compartment.run(call, write_out).unwrap(), EFAULT);
-    // Read over it: the bytes are lost, the secret is not.
     use std::io::Write;
-    (&writer).write_all(&[1; 8]).unwrap();
-    let fd = reader.as_raw_fd() as u64;
-    let read_in = [libc::SYS_read as u64, fd, address, 8, 0, 0];
-    assert_eq!(compartment.run(call, read_in).unwrap(), EFAULT);
-    // Nor over its own constants.
-    (&writer).write_all(&[1; 8]).unwrap();
-    let constant = CONSTANT.as_ptr() as u64;
-    let read_in = [libc::SYS_read as u64, fd, constant, 8, 0, 0];
-    assert_eq!(compartment.run(call, read_in).unwrap(), EFAULT);
+    let (from, to) = (reader.as_raw_fd() as u64, writer.as_raw_fd() as u64);
+    for form in FORMS {
+        let write_out = [form, libc::SYS_write as u64, to, address, 8, 0, 0];
+        assert_eq!(compartment.run(call, write_out).unwrap(), EFAULT);
+        // Read over it: the bytes are lost, the secret is not. Nor over its own constants.
+        for place in [address, CONSTANT.as_ptr() as u64] {
+            (&writer).write_all(&[1; 8]).unwrap();
+            let read_in = [form, libc::SYS_read as u64, from, place, 8, 0, 0];
+            assert_eq!(compartment.run(call, read_in).unwrap(), EFAULT);
+        }
+    }
     assert_eq!((*secret, CONSTANT[0]), (SECRET, 1));
 }
 
@@ -285,10 +383,10 @@ fn every_system_call_is_refused_without_a_grant() {
         .on_refusal(OnRefusal::Errno)
         .build()
         .unwrap();
-    // SAFETY: what it may do is what is tested.
-    let attempt = |secret: u64| unsafe { attack_every_call(secret) };
     let address = secret.as_ptr() as u64;
-    assert_eq!(compartment.run(attempt, address).unwrap(), 0);
+    for form in FORMS {
+        assert_eq!(compartment.run(every_call, [form, address]).unwrap(), 0);
+    }
     assert_eq!(*secret, [SECRET; 512]);
 }
 
@@ -307,11 +405,33 @@ fn a_gate_that_was_not_given_is_closed() {
         matches!(result, Err(CompartmentError::RefusedGate { .. })),
         "{result:?}"
     );
+    // By its name alone.
+    let constant = CONSTANT.as_ptr() as u64;
+    for form in FORMS {
+        let request = [
+            GATE_REQUEST,
+            &raw const OTHER as u64,
+            constant,
+            8,
+            constant,
+            8,
+        ];
+        let result = compartment.run(call, with(form, request));
+        assert!(
+            matches!(result, Err(CompartmentError::RefusedGate { .. })),
+            "{result:?}"
+        );
+    }
+}
+
+const GATE_REQUEST: u64 = 0x5744_0002;
+
+fn with(form: Form, [number, a, b, c, d, e]: [u64; 6]) -> [u64; 7] {
+    [form, number, a, b, c, d, e]
 }
 
 fn forged_calls_through_a_gate_reach_nothing() {
     start();
-    const GATE_REQUEST: u64 = 0x5744_0002;
     let mut entered = 0;
     let secret = Box::new(SECRET);
     let mut compartment = Compartment::builder()
@@ -337,15 +457,17 @@ fn forged_calls_through_a_gate_reach_nothing() {
         (0, 0, 0, 0, 0),
     ] {
         let request = [GATE_REQUEST, gate, input, input_size, output, output_size];
-        let result = compartment.run(call, request);
-        assert!(
-            matches!(result, Err(CompartmentError::RefusedGate { .. })),
-            "{request:x?}: {result:?}"
-        );
+        for form in FORMS {
+            let result = compartment.run(call, with(form, request));
+            assert!(
+                matches!(result, Err(CompartmentError::RefusedGate { .. })),
+                "{request:x?}: {result:?}"
+            );
+        }
     }
     drop(compartment);
     // Those whose output alone was bad came in; what they said was a plain number.
-    assert_eq!((*secret, CONSTANT[0], entered), (SECRET, 1, 2));
+    assert_eq!((*secret, CONSTANT[0], entered), (SECRET, 1, 4));
 }
 
 fn returning_from_nowhere_yields_a_result_and_nothing_else() {
@@ -357,11 +479,13 @@ fn returning_from_nowhere_yields_a_result_and_nothing_else() {
         .unwrap();
     // A return that the function did not make: whatever is in the place of the result, which
     // is the compartment's own.
-    let forged = compartment.run(
-        |all: [u64; 6]| call(all) as u64,
-        [RETURN_REQUEST, 0, 0, 0, 0, 0],
-    );
-    assert_eq!(forged.unwrap(), 0);
+    for form in FORMS {
+        let forged = compartment.run(
+            |all: [u64; 7]| call(all) as u64,
+            with(form, [RETURN_REQUEST, 0, 0, 0, 0, 0]),
+        );
+        assert_eq!(forged.unwrap(), 0);
+    }
     // Bytes from the parent as the result.
     let secret = Box::new([SECRET; 8]);
     let result = compartment.run_bytes(
@@ -393,22 +517,19 @@ fn jumps_into_the_parent_lead_nowhere() {
         base,
         dune::enter as *const () as u64 | 0xffff_8000_0000_0000,
     ] {
-        let result = compartment.run(jump, address);
-        assert!(
-            matches!(
-                result,
-                Err(CompartmentError::Fault { .. } | CompartmentError::Exception { .. })
-            ),
-            "{address:#x}: {result:?}"
-        );
-        let result = compartment.run(return_to, address);
-        assert!(
-            matches!(
-                result,
-                Err(CompartmentError::Fault { .. } | CompartmentError::Exception { .. })
-            ),
-            "{address:#x}: {result:?}"
-        );
+        for form in FORMS {
+            let jumped = compartment.run(jump, [form, address]).map(drop);
+            let returned = compartment.run(return_to, [form, address]);
+            for result in [jumped, returned] {
+                assert!(
+                    matches!(
+                        result,
+                        Err(CompartmentError::Fault { .. } | CompartmentError::Exception { .. })
+                    ),
+                    "{address:#x}: {result:?}"
+                );
+            }
+        }
     }
     // Code of the program can be run, by the compartment, with the compartment's rights: a
     // function that leaves Dune mode has nothing to leave, and its instructions fault.
@@ -438,11 +559,22 @@ fn reading_past_a_buffer_ends_at_the_heap() {
     start();
     let mut compartment = Compartment::builder().memory(1 << 20).build().unwrap();
     // SAFETY: what it may do is what is tested.
-    let result = compartment.run(|()| unsafe { attack_overread() }, ());
-    assert!(
-        matches!(result, Err(CompartmentError::OutOfMemory { .. })),
-        "{result:?}"
+    let native = compartment.run(|()| unsafe { attack_overread() }, ());
+    let rust = compartment.run(
+        |()| {
+            let buffer = Box::leak(Box::new([0_u8; 16])).as_ptr();
+            // SAFETY: as above.
+            let byte = |n| unsafe { buffer.wrapping_add(n).read_volatile() };
+            (0..).map(|n| u64::from(byte(n))).sum::<u64>()
+        },
+        (),
     );
+    for result in [native, rust] {
+        assert!(
+            matches!(result, Err(CompartmentError::OutOfMemory { .. })),
+            "{result:?}"
+        );
+    }
 }
 
 fn the_environment_is_empty() {

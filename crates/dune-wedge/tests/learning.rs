@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use dune_wedge::{Calls, Compartment, CompartmentError, FileRights, Grant, In, Tag};
+use dune_wedge::{Calls, Compartment, CompartmentError, FileRights, Gate, Grant, In, Tag};
 use zerocopy::{Immutable, IntoBytes};
 
 #[derive(Clone, Copy, IntoBytes, Immutable)]
@@ -108,9 +108,42 @@ fn what_cannot_be_granted_is_named() {
         learned.refused.into_iter().collect::<Vec<_>>(),
         [libc::SYS_getppid as u64]
     );
+    // SAFETY: as above.
+    let (result, learned) =
+        unsafe { Compartment::builder().learn(|n: u64| GATE.call(n), 1) }.unwrap();
+    assert!(
+        matches!(result, Err(CompartmentError::RefusedGate { .. })),
+        "{result:?}"
+    );
+    let gate = &raw const GATE as u64;
+    assert!(
+        learned.gates.contains(&gate) && learned.to_string().contains(".gate("),
+        "{learned}"
+    );
+}
+
+static GATE: Gate<u64, u64> = Gate::new("gate");
+
+fn buffers_of_the_process_are_learned_too() {
+    dune_wedge::start().unwrap();
+    dune::enter().unwrap();
+    let file = std::fs::File::open("/proc/self/exe").unwrap();
+    let mut buffer = vec![0_u8; 64];
+    let input = [file.as_raw_fd() as u64, buffer.as_mut_ptr() as u64];
+    let read = |[fd, to]: [u64; 2]| {
+        // SAFETY: granted or not is what is tested.
+        unsafe { libc::read(fd as i32, to as *mut _, 4) as i64 }
+    };
+    // SAFETY: the function writes to a buffer that is there for it.
+    let (result, learned) = unsafe { Compartment::builder().learn(read, input) }.unwrap();
+    assert_eq!(result.unwrap(), 4);
+    assert_eq!(std::hint::black_box(&buffer)[..4], *b"\x7fELF");
+    let memory: Vec<_> = learned.memory.values().collect();
+    assert!(memory.len() == 1 && memory[0].written, "{learned}");
 }
 
 dune_testing::tests! {
+    ring0 buffers_of_the_process_are_learned_too,
     ring0 a_run_says_what_it_used_and_the_grants_are_enough,
     ring0 what_cannot_be_granted_is_named,
 }

@@ -82,3 +82,4 @@ pub use machine::{descriptors, extended_features, windows};
 pub use mode::{enter, enter_with, is_inside, leave, run};
 pub use options::Options;
 pub use user::{Trap, UserContext};
+pub use vdso::shows_clock_data;

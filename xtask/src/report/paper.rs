@@ -61,8 +61,8 @@ pub(super) const TABLES: &[Table] = &[
     Table {
         number: 6,
         title: "privilege separation",
-        about: "The paper's sthreads are compartments here: making one, a switch, and work done \
-                in one.",
+        about: "The paper's sthreads are compartments here: making one, a switch, work done in \
+                one, and a web server's request read in one.",
         suite: "wedge",
         ids: &[],
     },

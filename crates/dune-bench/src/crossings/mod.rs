@@ -13,6 +13,7 @@ mod first_touch;
 mod floors;
 pub(crate) mod fork;
 mod forwarded_call;
+mod http;
 mod program;
 mod protect_fault;
 mod ring3;

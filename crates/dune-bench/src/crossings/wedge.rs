@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use dune_wedge::{Compartment, Gate};
 
-use super::{Bench, Crossing, Way};
+use super::{Bench, Crossing, Way, http};
 use crate::clock;
 use crate::meter::Figure;
 use crate::report::{DUNE, LINUX, Row};
@@ -32,9 +32,9 @@ pub(super) const CROSSINGS: &[Crossing] = &[
     },
     Crossing {
         id: "create-cold",
-        label: "as create-run-join, with nothing left of earlier compartments",
+        label: "as create-run-join, 128 at a time, with nothing left of earlier ones",
         aim: None,
-        linux: None,
+        linux: Some(create_cold_linux),
         dune: Way::Inside(create_cold),
     },
     Crossing {
@@ -57,6 +57,41 @@ pub(super) const CROSSINGS: &[Crossing] = &[
         aim: None,
         linux: None,
         dune: Way::Inside(input_1k),
+    },
+    Crossing {
+        id: "http-request",
+        label: "a request over HTTP, each read in a compartment (base: the same server without)",
+        aim: None,
+        linux: Some(http::plain_linux),
+        dune: Way::AtRing0(http::plain),
+    },
+    Crossing {
+        id: "https-request",
+        label: "the same over TLS",
+        aim: None,
+        linux: Some(http::tls_linux),
+        dune: Way::AtRing0(http::tls),
+    },
+    Crossing {
+        id: "https-split",
+        label: "the same, and all keys and every record in another compartment",
+        aim: None,
+        linux: None,
+        dune: Way::AtRing0(http::split),
+    },
+    Crossing {
+        id: "idle-memory",
+        label: "memory of an idle compartment that has run, 10,000 of them",
+        aim: None,
+        linux: None,
+        dune: Way::Inside(idle_memory),
+    },
+    Crossing {
+        id: "creations",
+        label: "growth of the process by 1,000,000 compartments made, run and ended",
+        aim: None,
+        linux: None,
+        dune: Way::Inside(creations),
     },
 ];
 
@@ -99,12 +134,16 @@ extern "C" fn empty(_: *mut c_void) -> *mut c_void {
     ptr::null_mut()
 }
 
-fn thread() {
+fn begin_thread() -> Option<libc::pthread_t> {
     let mut thread: libc::pthread_t = 0;
     // SAFETY: the thread does nothing.
     let result =
         unsafe { libc::pthread_create(&raw mut thread, ptr::null(), empty, ptr::null_mut()) };
-    if result == 0 {
+    (result == 0).then_some(thread)
+}
+
+fn thread() {
+    if let Some(thread) = begin_thread() {
         // SAFETY: a thread that was made.
         unsafe { libc::pthread_join(thread, ptr::null_mut()) };
     }
@@ -157,16 +196,53 @@ fn create(bench: &Bench, row: &mut Row) {
     row.note("page tables and pages are those of a compartment that ended before");
 }
 
+/// Compartments, threads and processes that are there at a time, each made from nothing: more
+/// than are kept of those that end (64 compartments, five stacks of threads).
+const AT_ONCE: u32 = 128;
+
+fn create_cold_linux(bench: &Bench, row: &mut Row) {
+    let meter = bench.meter.with_at_most(11);
+    row.set_base(FORK);
+    let fork = meter.with_at_most(3).measure(1, processes);
+    row.add(FORK, fork.of_each(AT_ONCE));
+    row.add(THREAD, meter.measure(1, threads).of_each(AT_ONCE));
+}
+
+/// Makes processes that end at once, and waits for all of them.
+fn processes() {
+    let children: Vec<_> = (0..AT_ONCE)
+        .map(|_| {
+            // SAFETY: the child ends at once.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: ends the child without running the parent's exit handlers.
+                unsafe { libc::_exit(0) };
+            }
+            child
+        })
+        .collect();
+    for child in children.into_iter().filter(|child| *child > 0) {
+        let mut status = 0;
+        // SAFETY: the kernel writes the status.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+    }
+}
+
+/// Makes threads that end at once, and waits for all of them.
+fn threads() {
+    let made: Vec<_> = (0..AT_ONCE).filter_map(|_| begin_thread()).collect();
+    for thread in made {
+        // SAFETY: a thread that was made.
+        unsafe { libc::pthread_join(thread, ptr::null_mut()) };
+    }
+}
+
 fn create_cold(bench: &Bench, row: &mut Row) {
-    // More than are kept of those that end, so each is made from nothing.
-    const MADE: u32 = 128;
     let mut failure = None;
-    let mut made = Vec::with_capacity(2 * MADE as usize);
-    // What was kept so far.
-    made.extend((0..MADE).map_while(|_| make().ok()));
-    let figure = bench.meter.with_at_most(11).measure_batches(MADE, || {
+    let mut made = Vec::with_capacity(AT_ONCE as usize);
+    let figure = bench.meter.with_at_most(11).measure_batches(AT_ONCE, || {
         let start = clock::ticks();
-        for _ in 0..MADE {
+        for _ in 0..AT_ONCE {
             match make() {
                 Ok(mut compartment) => {
                     if let Err(error) = compartment.run(|()| (), ()) {
@@ -177,12 +253,12 @@ fn create_cold(bench: &Bench, row: &mut Row) {
                 Err(error) => failure = Some(error),
             }
         }
-        let ticks = clock::ticks() - start;
-        made.truncate(MADE as usize);
-        ticks
+        made.clear();
+        dune_wedge::trim();
+        clock::ticks() - start
     });
     measured(row, failure.map_or(Ok(figure), Err));
-    row.note("the end is not counted; page tables and pages were used before");
+    row.note("128 at a time, nothing kept of earlier ones but memory that the process had before");
 }
 
 fn recycled(bench: &Bench, row: &mut Row) {
@@ -215,6 +291,57 @@ fn input_1k(bench: &Bench, row: &mut Row) {
             failure.map_or(Ok(figure), Err)
         }),
     );
+}
+
+/// Memory of the process that is not shared with others, in bytes.
+fn resident() -> Result<f64, String> {
+    let status = std::fs::read_to_string("/proc/self/status").map_err(|e| e.to_string())?;
+    let field = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kib = field.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok());
+    kib.map(|kib| kib * 1024.0)
+        .ok_or_else(|| "no RssAnon in /proc/self/status".to_owned())
+}
+
+fn idle_memory(_: &Bench, row: &mut Row) {
+    const LIVE: usize = 10_000;
+    row.set_unit("bytes each");
+    row.set_aim(f64::from(32 << 10));
+    let each = || -> Result<f64, String> {
+        dune_wedge::trim();
+        drop(make()?);
+        let before = resident()?;
+        let mut all = Vec::with_capacity(LIVE);
+        for _ in 0..LIVE {
+            let mut compartment = make()?;
+            compartment.run(|()| (), ()).map_err(|e| e.to_string())?;
+            all.push(compartment);
+        }
+        Ok((resident()? - before) / LIVE as f64)
+    };
+    measured(row, each().map(|bytes| Figure::of(vec![bytes])));
+    row.note("what became resident in the process: page tables, pages, and its own records");
+}
+
+fn creations(_: &Bench, row: &mut Row) {
+    const CREATIONS: u32 = 1_000_000;
+    row.set_unit("bytes in all");
+    // Less than a byte for each.
+    row.set_aim(f64::from(1 << 20));
+    let round = || make()?.run(|()| (), ()).map_err(|error| error.to_string());
+    let grown = || -> Result<f64, String> {
+        for _ in 0..1000 {
+            round()?;
+        }
+        let (before, used) = (resident()?, dune_wedge::usage());
+        for _ in 0..CREATIONS {
+            round()?;
+        }
+        if dune_wedge::usage() != used {
+            return Err(format!("{used:?} became {:?}", dune_wedge::usage()));
+        }
+        Ok((resident()? - before).max(0.0))
+    };
+    measured(row, grown().map(|bytes| Figure::of(vec![bytes])));
 }
 
 static NOTHING: Gate<(), ()> = Gate::new("nothing");

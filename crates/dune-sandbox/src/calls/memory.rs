@@ -32,7 +32,7 @@ use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
 use crate::table::Args;
 use crate::user::{load_page, store_page};
-use crate::vma::{Attributes, Backing, Sharing, effective};
+use crate::vma::{Area, Attributes, Backing, Sharing, effective};
 
 /// Where the program's memory grows.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,6 +43,8 @@ pub(crate) struct Space {
     pub(crate) heap_end: u64,
     /// Mappings are placed downwards from here.
     pub(crate) mmap_top: u64,
+    /// Where the kernel's data for clocks are shown; 0 for nowhere.
+    pub(crate) clock: u64,
 }
 
 /// `MAP_32BIT` places a mapping below this.
@@ -244,6 +246,10 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
     if !memory.areas.is_mapped(range) {
         return Err(Errno::ENOMEM);
     }
+    let is_clock = |area: Area| area.attributes.backing == Backing::Clock;
+    if access != Access::READ && memory.areas.overlapping(range).any(is_clock) {
+        return Err(Errno::EACCES);
+    }
     // Area by area, so that a refusal half-way leaves the table true.
     let pieces: Vec<(PageRange, Access)> = memory
         .areas
@@ -338,7 +344,7 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     let program = Arc::clone(&guard.program);
     let memory = &mut *program.memory_mut();
     let area = memory.areas.find(addr).ok_or(Errno::EFAULT)?;
-    if old.end() > area.range.end() {
+    if old.end() > area.range.end() || area.attributes.backing == Backing::Clock {
         return Err(Errno::EFAULT);
     }
     let attributes = area.attributes;

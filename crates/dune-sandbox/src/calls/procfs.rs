@@ -503,6 +503,7 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
         let name: &[u8] = match area.attributes.backing {
             Backing::Heap => b"[heap]",
             Backing::Stack => b"[stack]",
+            Backing::Clock => b"[vvar]",
             Backing::Anonymous | Backing::File => b"",
         };
         if !name.is_empty() {

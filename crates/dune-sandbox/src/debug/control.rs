@@ -428,9 +428,9 @@ impl Control {
     /// Stops all threads.
     pub(crate) fn interrupt(&self) {
         let mut state = self.lock();
-        if state.phase == Phase::Running
-            && let Some(tid) = state.any_thread()
-        {
+        if state.phase == Phase::Running {
+            // Between two programs there may be no thread; the next one stops.
+            let tid = state.any_thread().unwrap_or(state.pid);
             self.stop(&mut state, tid, Report::Interrupt);
             self.settle(&mut state);
         }

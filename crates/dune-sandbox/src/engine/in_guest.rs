@@ -278,6 +278,27 @@ impl Engine for InGuest {
         Some(Box::new(Used(Arc::clone(&self.space))))
     }
 
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        dune::shows_clock_data()
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        let range = virt_range(range);
+        let _edit = self
+            .space
+            .edit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the kernel's data, which everybody may read and nobody can write or unmap;
+        // ring 3 gets the right to read alone.
+        unsafe {
+            self.space
+                .space
+                .replace_memory(range, data, user_flags(Access::READ))
+        }
+        .map_err(refused)
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.space.unmap(virt_range(range))
     }

@@ -273,6 +273,22 @@ pub trait Engine {
         Ok(())
     }
 
+    /// Whether ring 3 can be shown the kernel's data for clocks, `len` bytes at
+    /// `data` of the host process. Asked once, before anything runs.
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        false
+    }
+
+    /// Lets ring 3 read, at `range`, the host process's memory at `data`, which
+    /// lies in what [`Engine::shows_clock`] was asked of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::admit`].
+    fn admit_clock(&mut self, _range: PageRange, _data: u64) -> Result<(), EngineError> {
+        Err(EngineError::NoMemory { what: "clocks" })
+    }
+
     /// Takes `range` out of ring 3's reach; pages that were never admitted may
     /// be among it. Called *before* the host mappings change, which the caller
     /// does next (see the module documentation).

@@ -69,6 +69,7 @@ use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
     Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
 };
+use crate::clock;
 use crate::host;
 use crate::range::PageRange;
 use crate::signal::host::thread_id;
@@ -675,15 +676,17 @@ impl OnHost {
         PageRange::new(start, end - start).unwrap_or(area)
     }
 
-    /// Runs one of the snippets that work on the extended state, which ring 3
-    /// has to do by itself where KVM's requests do not carry all of it.
-    fn run_snippet(&mut self, rip: u64) -> Result<(), EngineError> {
+    /// Runs one of the snippets: those that work on the extended state, which
+    /// ring 3 has to do by itself where KVM's requests do not carry all of it,
+    /// and the one that tries out whether a word can be read. After an error
+    /// the engine is of no more use.
+    fn run_snippet(&mut self, rip: u64, rdi: u64) -> Result<(), EngineError> {
         let mask = self.cpu.machine.xstate().xcr0;
         let mut user = UserState {
             regs: UserRegs {
                 rax: mask & 0xffff_ffff,
                 rdx: mask >> 32,
-                rdi: self.cpu.index.scratch(),
+                rdi,
                 rip,
                 ..UserRegs::default()
             },
@@ -707,7 +710,7 @@ impl OnHost {
             unsafe { self.cpu.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
         }
         let end = self.cpu.machine.regs().rip;
-        let at_end = layout::stub_at(end, self.cpu.machine.landing()) == Some(Stub::XState);
+        let at_end = layout::stub_at(end, self.cpu.machine.landing()) == Some(Stub::Snippet);
         if at_end && exit == Exit::Out(u16::from(layout::PORT)) {
             self.store(&mut user);
             return Ok(());
@@ -773,6 +776,27 @@ impl Engine for OnHost {
         self.shared.guest().map(range, user_flags(access))
     }
 
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        let first = virt_range(layout::CLOCK, layout::CLOCK + PAGE);
+        let shown = self.shared.guest().map_clock(first, 0);
+        if shown.is_ok() && self.run_snippet(layout::look(), layout::CLOCK).is_ok() {
+            return true;
+        }
+        // The vCPU stands anywhere.
+        if let Ok(new) = Self::new() {
+            *self = new;
+        }
+        false
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        let start = clock::host().map_or(0, |clock| clock.data);
+        let range = virt_range(range.start(), range.end());
+        self.shared
+            .guest()
+            .map_clock(range, data.wrapping_sub(start))
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.shared
             .guest()
@@ -816,7 +840,7 @@ impl Engine for OnHost {
         // initial state as they are.
         // SAFETY: the page is the guest's scratch, and the guest does not run.
         unsafe { self.cpu.scratch.write_bytes(0, PAGE as usize) };
-        self.run_snippet(layout::save())?;
+        self.run_snippet(layout::save(), self.cpu.index.scratch())?;
         // SAFETY: a copy of bytes; what they are is the program's business.
         unsafe { self.cpu.scratch.copy_to_nonoverlapping(non_null(area), len) };
         Ok(())
@@ -836,7 +860,7 @@ impl Engine for OnHost {
                 .as_ptr()
                 .copy_from_nonoverlapping(area.as_ptr(), len)
         };
-        self.run_snippet(layout::restore())
+        self.run_snippet(layout::restore(), self.cpu.index.scratch())
     }
 
     fn reset_xstate(&mut self) -> Result<(), EngineError> {
@@ -943,6 +967,13 @@ impl Guest {
             result => result,
         };
         result.map_err(|_| no_tables(&self.memory))
+    }
+
+    /// Maps the kernel's data for clocks from `offset` on, for reading.
+    fn map_clock(&self, range: VirtRange, offset: u64) -> Result<(), EngineError> {
+        let gpa = self.memory.clock().map_err(refused)?;
+        let gpa = GuestPhys::new_truncate(gpa + offset);
+        self.map_piece(range, gpa, user_flags(Access::READ))
     }
 
     fn unmap(&self, range: VirtRange) -> Result<(), EngineError> {

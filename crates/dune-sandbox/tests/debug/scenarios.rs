@@ -527,6 +527,29 @@ pub(crate) fn a_program_goes_on_without_its_gdb(placement: &str) {
     debugged.end(&output).printed("4950\n");
 }
 
+pub(crate) fn a_running_program_goes_on_without_its_gdb(placement: &str) {
+    const SOURCE: &str = r#"
+        #include <stdio.h>
+        #include <time.h>
+        volatile long count;
+        void late(void) { puts("late"); }
+        int main(void) {
+            puts("loops");
+            fflush(stdout);
+            for (time_t end = time(0) + 3; time(0) < end;) count++;
+            late();
+            return 0;
+        }
+    "#;
+    let mut debugged = Debugged::start(placement, SOURCE);
+    let mut gdb = debugged.gdb(&["break late", "continue"]).spawn().unwrap();
+    assert_eq!(debugged.line(), "loops\n");
+    gdb.kill().unwrap();
+    let output = gdb.wait_with_output().unwrap();
+    // The breakpoint was there, and went with gdb.
+    debugged.end(&output).printed("late\n");
+}
+
 pub(crate) fn nonsense_does_not_hurt(placement: &str) {
     let nonsense: [&[u8]; 6] = [
         b"",

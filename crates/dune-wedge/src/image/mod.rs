@@ -18,13 +18,13 @@ mod tls;
 use core::ffi::CStr;
 use std::sync::Arc;
 
-use dune::memory::{AddressSpace, Pages, PteFlags, VirtRange};
+use dune::memory::{AddressSpace, Pages, PteFlags, VirtRange, copy_shared};
 use dune_x86::addr::GuestVirt;
 
 use self::modules::Module;
 use crate::error::StartError;
 use crate::inside;
-use crate::layout::{PAGE, page_of};
+use crate::layout::page_of;
 
 /// A copy of some of the process's variables.
 #[derive(Debug)]
@@ -118,13 +118,11 @@ impl Image {
         Ok(())
     }
 
-    /// The initial thread-local variables: the address where they belong and the one where
-    /// they are, page by page.
-    pub(crate) fn thread_pages(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.thread.iter().flat_map(|(start, pages)| {
-            let from = pages.range().start().as_u64();
-            (0..pages.len() as u64 / PAGE).map(move |n| (start + n * PAGE, from + n * PAGE))
-        })
+    /// The initial thread-local variables: the address where they belong, the one where they
+    /// are, and how many bytes.
+    pub(crate) fn thread_pages(&self) -> Option<(u64, u64, u64)> {
+        let (start, pages) = self.thread.as_ref()?;
+        Some((*start, pages.range().start().as_u64(), pages.len() as u64))
     }
 
     /// Where the initial contents of a page are, if it is one that a compartment may change:
@@ -212,7 +210,7 @@ impl Copy {
         // SAFETY: a writable segment of a loaded module. Other threads may change variables
         // meanwhile; what is copied then is the old value or the new one, or bytes of both.
         unsafe {
-            core::ptr::copy(start as *const u8, bytes.as_mut_ptr(), bytes.len());
+            copy_shared(start as *const u8, bytes.as_mut_ptr(), bytes.len());
         }
         Self {
             start,

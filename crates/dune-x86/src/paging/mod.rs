@@ -162,6 +162,16 @@ pub trait TableMemory {
         old: u64,
         new: u64,
     ) -> Result<u64, u64>;
+
+    /// The index of the first entry of `table`, from `from` on, that is neither empty nor
+    /// [borrowed](Entry::BORROWED). Most entries of most tables are: whoever can look at
+    /// several at a time does.
+    fn next_owned(&self, table: GuestPhys, from: usize) -> Option<usize> {
+        (from..ENTRIES).find(|index| {
+            let entry = Entry(self.read(table, *index));
+            !entry.is_empty() && !entry.is_borrowed()
+        })
+    }
 }
 
 impl<T: TableMemory + ?Sized> TableMemory for &T {
@@ -173,6 +183,11 @@ impl<T: TableMemory + ?Sized> TableMemory for &T {
     #[inline]
     fn write(&self, table: GuestPhys, index: usize, value: u64) {
         (**self).write(table, index, value);
+    }
+
+    #[inline]
+    fn next_owned(&self, table: GuestPhys, from: usize) -> Option<usize> {
+        (**self).next_owned(table, from)
     }
 
     #[inline]

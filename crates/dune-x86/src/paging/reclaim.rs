@@ -232,11 +232,12 @@ impl<M: TableMemory, A: FrameAllocator, const LEVELS: u8> PageTable<M, A, LEVELS
         let mut freed = 0;
         while let Some((table, index)) = way.get_mut(depth) {
             let level = below_root(Self::ROOT_LEVEL, depth);
-            if *index < ENTRIES && level != Level::Pt {
-                let entry = Entry(self.memory.read(*table, *index));
-                *index += 1;
+            if level != Level::Pt
+                && let Some(found) = self.memory.next_owned(*table, *index)
+            {
+                let entry = Entry(self.memory.read(*table, found));
+                *index = found + 1;
                 if entry.kind(level) == EntryKind::Link
-                    && !entry.is_borrowed()
                     && let Some(next) = way.get_mut(depth + 1)
                 {
                     *next = (entry.table(), 0);

@@ -1,10 +1,39 @@
 //! Copying between the process and an address space of ring 3, by what its tables allow.
 #![expect(unsafe_code, reason = "raw memory that two rings share")]
 
+use core::arch::asm;
+
 use dune_x86::addr::{GuestVirt, PageSize};
+use dune_x86::paging::{Change, PteFlags};
 
 use super::AddressSpace;
 use crate::machine::Machine;
+
+/// Copies bytes between memory of which one or both sides may be changed by others meanwhile:
+/// ring 3, or another thread. What arrives then is old bytes, new bytes, or some of both.
+///
+/// The compiler knows nothing of the copy, so it is no data race in Rust's terms, where a copy
+/// by [`core::ptr::copy`] would be one. An instruction for each 8 bytes.
+///
+/// # Safety
+/// `from` must be readable and `to` writable for so many bytes. The two do not overlap, and no
+/// Rust reference claims that bytes at `to`, or a shared side of `from`, do not change.
+#[inline]
+pub unsafe fn copy_shared(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's word. The direction flag is clear by the ABI.
+    unsafe {
+        asm!(
+            "rep movsq",
+            "mov ecx, {rest:e}",
+            "rep movsb",
+            rest = in(reg) bytes % 8,
+            inout("rcx") bytes / 8 => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
 
 /// Ring 3 could not have made the access itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,14 +57,15 @@ impl AddressSpace {
                 break;
             };
             // SAFETY: memory of the process, as `reach` found; ring 3 may write to it
-            // meanwhile, which is why nothing but a copy is made.
-            unsafe { core::ptr::copy(host, part.as_mut_ptr(), length) };
+            // meanwhile, which is why nothing but such a copy is made.
+            unsafe { copy_shared(host, part.as_mut_ptr(), length) };
             done += length;
         }
         Ok(())
     }
 
-    /// Copies bytes into the address space, if ring 3 may write to all of it.
+    /// Copies bytes into the address space, if ring 3 may write to all of it. The pages are
+    /// dirty afterwards, as if ring 3 had written to them.
     ///
     /// # Errors
     /// [`UserFault`]; part of the bytes may have been written.
@@ -49,7 +79,7 @@ impl AddressSpace {
             };
             // SAFETY: memory that was mapped for ring 3 to write, so Rust holds no reference
             // to it.
-            unsafe { core::ptr::copy(part.as_ptr(), host, length) };
+            unsafe { copy_shared(part.as_ptr(), host, length) };
             done += length;
         }
         Ok(())
@@ -70,6 +100,20 @@ impl AddressSpace {
         let rights = walk.permissions().ok_or(fault)?;
         if !rights.user || (access == Access::Write && !rights.writable) {
             return Err(fault);
+        }
+        if access == Access::Write
+            && walk
+                .leaf()
+                .is_some_and(|leaf| !leaf.flags().contains(PteFlags::DIRTY))
+        {
+            let written = Change::set(PteFlags::DIRTY | PteFlags::ACCESSED);
+            // A table that is borrowed is the lender's to look after. More bits that are set
+            // owe no flush.
+            let _ = self
+                .table()
+                .map_err(|_| fault)?
+                .update_leaf(at, written)
+                .map(|(_, flush)| flush.apply(&self.tlb()));
         }
         let guest = walk.translation().ok_or(fault)?.as_u64();
         let host = machine.vm().windows().to_host(guest).ok_or(fault)?;

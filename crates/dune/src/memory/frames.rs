@@ -2,13 +2,14 @@
 //! them.
 #![expect(unsafe_code, reason = "page tables are raw memory shared with the CPU")]
 
+use core::arch::asm;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use dune_kvm::sys;
 use dune_kvm::vm::Vm;
 use dune_x86::addr::{GuestPhys, PageSize};
 use dune_x86::frame::FramePool;
-use dune_x86::paging::{ENTRIES, FrameAllocator, TableMemory};
+use dune_x86::paging::{ENTRIES, Entry, FrameAllocator, TableMemory};
 
 use crate::error::EnterError;
 use crate::machine::Machine;
@@ -141,10 +142,29 @@ impl Tables {
         let Some(first) = self.entry(table, 0) else {
             return;
         };
-        let first = core::ptr::from_ref(first).cast_mut().cast::<[u128; 8]>();
-        for index in 0..FRAME / size_of::<[u128; 8]>() {
-            // SAFETY: within the frame, which is aligned to its size and nobody else's yet.
-            unsafe { first.wrapping_add(index).write([0; 8]) };
+        let first = core::ptr::from_ref(first).cast_mut();
+        // By hand, because the compiler would call `memset`, and that may count every byte.
+        // SAFETY: the frame, which is aligned to its size and nobody else's yet.
+        unsafe {
+            asm!(
+                "pxor {zero}, {zero}",
+                "2:",
+                "movaps [{at}], {zero}",
+                "movaps [{at} + 16], {zero}",
+                "movaps [{at} + 32], {zero}",
+                "movaps [{at} + 48], {zero}",
+                "movaps [{at} + 64], {zero}",
+                "movaps [{at} + 80], {zero}",
+                "movaps [{at} + 96], {zero}",
+                "movaps [{at} + 112], {zero}",
+                "add {at}, 128",
+                "cmp {at}, {end}",
+                "jne 2b",
+                zero = out(xmm_reg) _,
+                at = inout(reg) first => _,
+                end = in(reg) first as usize + FRAME,
+                options(nostack),
+            );
         }
     }
 
@@ -192,6 +212,37 @@ impl TableMemory for Tables {
         if let Some(entry) = self.entry(table, index) {
             entry.store(value, Ordering::Relaxed);
         }
+    }
+
+    fn next_owned(&self, table: GuestPhys, from: usize) -> Option<usize> {
+        const AT_ONCE: usize = 8;
+        let entries = self.whole(table)?;
+        let mut index = from;
+        while let Some(entry) = entries.get(index) {
+            if index.is_multiple_of(AT_ONCE)
+                && let Some(eight) = entries
+                    .get(index..)
+                    .and_then(|rest| rest.first_chunk::<AT_ONCE>())
+            {
+                let (any, all) = eight
+                    .each_ref()
+                    .map(|entry| entry.load(Ordering::Relaxed))
+                    .iter()
+                    .fold((0, u64::MAX), |(any, all), entry| {
+                        (any | entry, all & entry)
+                    });
+                if any == 0 || all & Entry::BORROWED != 0 {
+                    index += AT_ONCE;
+                    continue;
+                }
+            }
+            let entry = Entry(entry.load(Ordering::Relaxed));
+            if !entry.is_empty() && !entry.is_borrowed() {
+                return Some(index);
+            }
+            index += 1;
+        }
+        None
     }
 
     #[inline(always)]

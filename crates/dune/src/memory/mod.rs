@@ -26,7 +26,7 @@ pub(crate) mod stack;
 mod tlb;
 
 pub use borrow::PageEntry;
-pub use copy::UserFault;
+pub use copy::{UserFault, copy_shared};
 pub use dune_x86::addr::{PageSize, VirtRange};
 pub use dune_x86::paging::{Change, Entry, Flush, Leaf, NoFlush, PteFlags, Walk};
 pub use frames::{Frames, Tables};

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  guest physical GiB   slot      host memory
-//!  0 to 3               -         nothing (3 holds KVM's own pages)
+//!  0, 2, 3              -         nothing (3 holds KVM's own pages)
+//!  1                    the last  the kernel's data for clocks, read-only
 //!  4 to 15              0 to 11   arenas, each larger than the one before
 //!  16 and up            12 and up windows: pieces of user space that are in use
 //! ```
@@ -14,7 +15,8 @@
 //! places. The slots that KVM has are enough for 2 TiB of 64 MiB each.
 //!
 //! Of this process, the guest's physical memory holds the arenas and the part
-//! below `USER_HI` ([`crate::range`]), nothing else: whatever happens to
+//! below `USER_HI` ([`crate::range`]), and the kernel's data for clocks
+//! ([`crate::clock`]), nothing else: whatever happens to
 //! the page tables, the memory of the guard is not there to be reached.
 #![expect(
     unsafe_code,
@@ -31,8 +33,9 @@ use dune_kvm::ioctl;
 use dune_kvm::sys::{self, Errno};
 use dune_x86::addr::GuestPhys;
 use dune_x86::paging::{FrameAllocator, TableMemory};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 
+use crate::clock;
 use crate::range::USER_HI;
 
 const GIB_SHIFT: u32 = 30;
@@ -50,6 +53,10 @@ pub(super) const WINDOW: u64 = 1 << WINDOW_SHIFT;
 const WINDOWS_START: u64 = (FIRST_ARENA + ARENAS as u64) << GIB_SHIFT;
 /// Slots of KVM that user space may use.
 const SLOTS: u64 = 32_764;
+
+/// The guest physical address and the slot of the kernel's data for clocks.
+const CLOCK: u64 = GIB;
+const CLOCK_SLOT: u64 = SLOTS - 1;
 
 /// The first arena: tables for 256 MiB of the program's memory and more. Each
 /// further one is four times as large, up to a GiB.
@@ -87,6 +94,8 @@ pub(super) struct Memory {
     /// For each window, its piece of user space.
     piece_of: RefCell<Box<[u32]>>,
     windows: Cell<usize>,
+    /// Whether the kernel's data for clocks have their slot.
+    has_clock: Cell<bool>,
 }
 
 impl Memory {
@@ -95,7 +104,7 @@ impl Memory {
     pub(super) fn new(vm: RawFd, physical_bits: u32) -> Self {
         let addresses = 1_u64 << physical_bits.clamp(36, 52);
         let windows = (addresses - WINDOWS_START) >> WINDOW_SHIFT;
-        let windows = windows.min(SLOTS - ARENAS as u64) as usize;
+        let windows = windows.min(CLOCK_SLOT - ARENAS as u64) as usize;
         Self {
             vm,
             arenas: [const { Cell::new(None) }; ARENAS],
@@ -107,6 +116,7 @@ impl Memory {
             window_of: RefCell::new(vec![0; (USER_HI >> WINDOW_SHIFT) as usize].into()),
             piece_of: RefCell::new(vec![0; windows].into()),
             windows: Cell::new(0),
+            has_clock: Cell::new(false),
         }
     }
 
@@ -138,6 +148,18 @@ impl Memory {
             }
         };
         Ok(window_address(number) | host & (WINDOW - 1))
+    }
+
+    /// The guest physical address of the kernel's data for clocks.
+    pub(super) fn clock(&self) -> Result<u64, Short> {
+        let clock = clock::host().ok_or(Short::Addresses)?;
+        if !self.has_clock.get() {
+            let (host, len) = (clock.data, clock.data_len);
+            self.set_slot_with(KVM_MEM_READONLY, CLOCK_SLOT, CLOCK, host, len)
+                .map_err(Short::Host)?;
+            self.has_clock.set(true);
+        }
+        Ok(CLOCK)
     }
 
     /// The user address of a guest physical one, if it lies in a window.
@@ -240,16 +262,28 @@ impl Memory {
     }
 
     fn set_slot(&self, slot: u64, gpa: u64, host: u64, len: u64) -> Result<(), Errno> {
+        self.set_slot_with(0, slot, gpa, host, len)
+    }
+
+    fn set_slot_with(
+        &self,
+        flags: u32,
+        slot: u64,
+        gpa: u64,
+        host: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
-            flags: 0,
+            flags,
             guest_phys_addr: gpa,
             memory_size: len,
             userspace_addr: host,
         };
         let request = ioctl::KVM_SET_USER_MEMORY_REGION;
-        // SAFETY: arenas belong to this value and windows cover user space
-        // only, which the guard treats as memory that anyone may change.
+        // SAFETY: arenas belong to this value, windows cover user space only,
+        // which the guard treats as memory that anyone may change, and the
+        // kernel's data can be read and nothing else.
         unsafe { sys::ioctl_uninterrupted(self.vm, request, &raw const region as usize) }.map(drop)
     }
 }

@@ -1,7 +1,8 @@
 //! Reading a request: what runs for each of them, on whatever the network sends.
+#![expect(unsafe_code, reason = "the planted bug")]
 
-/// The most of a body that is sent back.
-pub(crate) const LONGEST_ECHO: usize = 60_000;
+/// The most of the body of a `TRACE` that is sent back, in bytes.
+pub const LONGEST_ECHO: usize = 60_000;
 /// The most that [`encode`] makes of a request.
 pub(crate) const LONGEST_REQUEST: usize = LONGEST_ECHO + 2048;
 
@@ -76,7 +77,6 @@ fn parse<const PLANTED: bool>(input: &[u8]) -> Option<Request> {
     Some(request)
 }
 
-#[expect(unsafe_code, reason = "the planted bug")]
 fn body_of<const PLANTED: bool>(body: &[u8], length: usize) -> Option<Vec<u8>> {
     if PLANTED {
         let from = body.as_ptr();
