@@ -240,6 +240,22 @@ impl Command {
         self
     }
 
+    /// Hands pointers of forwarded calls to the kernel unchecked from now on, to
+    /// test that the wall of protection keys holds by itself.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_pointer_checks() {
+        crate::peel::skip_pointer_checks();
+    }
+
+    /// Makes calls as if there were no protection keys from now on, to test
+    /// that it is they that hold. Before there is an engine.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_wall() {
+        crate::peel::skip_wall();
+    }
+
     /// Sets `argv[0]`, which otherwise is the program as given.
     #[must_use]
     pub fn arg0(mut self, name: impl AsRef<OsStr>) -> Self {
@@ -410,10 +426,9 @@ impl Command {
         })?;
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
-        // A program that may be saved must not hold the kernel's data; nor is what ring 3 reads
-        // there memory of its own, to be counted or put back.
-        let is_watched = self.service.is_some() || self.sampler.is_some();
-        let shows_clock = !is_watched && clock::is_shown_by(engine.as_mut());
+        // What ring 3 reads there is no memory of its own, to be counted.
+        let is_sampled = self.sampler.is_some();
+        let shows_clock = !is_sampled && clock::is_shown_by(engine.as_mut());
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
         guard.program.set_shows_clock(shows_clock);
         guard.program.set_handlers(self.handlers);

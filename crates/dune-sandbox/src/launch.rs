@@ -145,7 +145,11 @@ pub(crate) fn prepare(
             source: errno.into(),
         })
     };
-    let [exe_random, stack_random, ..] = random("random numbers")?;
+    let [exe_random, stack_random, ..] = if guard.program.process().is_randomized() {
+        random("random numbers")?
+    } else {
+        Default::default()
+    };
 
     let stack_len = match stack_limit {
         u64::MAX => STACK_DEFAULT,

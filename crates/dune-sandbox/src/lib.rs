@@ -39,6 +39,7 @@
 //!   questions about interfaces and routes) netlink.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
+mod bounce;
 mod calls;
 mod clock;
 pub mod command;
@@ -50,6 +51,7 @@ pub mod guard;
 pub mod handler;
 pub mod host;
 pub mod launch;
+mod peel;
 pub mod policy;
 pub mod program;
 pub mod range;

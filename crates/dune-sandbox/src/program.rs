@@ -194,11 +194,11 @@ pub(crate) struct Program {
     in_snapshot: AtomicBool,
     /// Who decides at markers and ends, if anybody does.
     served: Option<Served>,
-    /// Whether programs get a vDSO here.
-    shows_clock: AtomicBool,
     /// How a debugger stops threads, if there is one; set before the first
     /// runs.
     debugger: OnceLock<Arc<Control>>,
+    /// Whether programs get a vDSO here.
+    shows_clock: AtomicBool,
 }
 
 impl Program {
@@ -352,9 +352,12 @@ impl Program {
         self.debugger.get()
     }
 
-    /// Whether programs get a vDSO here; not where their calls are to be seen.
+    /// Whether programs get a vDSO here; not where their calls are to be seen, nor where
+    /// their memory may be saved and be resumed elsewhere.
     pub(crate) fn shows_clock(&self) -> bool {
-        self.shows_clock.load(Ordering::Relaxed) && self.lets_calls_pass_unseen()
+        self.shows_clock.load(Ordering::Relaxed)
+            && self.lets_calls_pass_unseen()
+            && self.served.is_none()
     }
 
     /// Sets what the engine can do; before the first program.

@@ -48,6 +48,18 @@ fn processes() {
     ]);
 }
 
+fn features() {
+    tasks::in_guest(&[
+        "shared_memory",
+        "remapped_memory",
+        "advised_memory",
+        "memory_files",
+        "views_of_oneself",
+        "thread_identities",
+        "refused_cleanly",
+    ]);
+}
+
 fn vfork_and_spawn() {
     tasks::in_guest(&[
         "vfork_shares_memory",
@@ -58,7 +70,7 @@ fn vfork_and_spawn() {
 }
 
 fn shells() {
-    tasks::in_guest(&["bash_pipes", "python_processes"]);
+    tasks::in_guest(&["bash_pipes", "bash_jobs_and_traps", "python_processes"]);
 }
 
 fn main() -> ExitCode {
@@ -67,6 +79,7 @@ fn main() -> ExitCode {
         ring0 signals_and_threads, timeout 200,
         ring0 races, timeout 300,
         ring0 processes, timeout 200,
+        ring0 features, timeout 200,
         ring0 vfork_and_spawn, timeout 200,
         ring0 shells, timeout 300,
     };

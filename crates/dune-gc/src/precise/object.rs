@@ -96,7 +96,7 @@ pub(super) unsafe fn place<T: Trace>(cell: usize, value: T) -> NonNull<T> {
 pub(super) unsafe fn place_array<T: Trace>(cell: usize, len: usize) -> NonNull<GcArray<T>> {
     let array = (cell + size_of::<usize>()) as *mut GcArray<T>;
     // SAFETY: within the cell. The array's cells are zero, which is null.
-    unsafe { (&raw mut (*array).len).write(len) };
+    unsafe { array.cast::<usize>().write(len) };
     // SAFETY: the cell is zero.
     unsafe { describe(cell, Described::<T>::ARRAY) };
     // SAFETY: an address in the heap.
@@ -126,6 +126,8 @@ pub struct GcArray<T: Trace> {
     len: usize,
     cells: [GcCell<T>; 0],
 }
+
+const _: () = assert!(core::mem::offset_of!(GcArray<u64>, len) == 0);
 
 impl<T: Trace> GcArray<T> {
     fn cells(&self) -> &[GcCell<T>] {

@@ -12,18 +12,18 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use linux_raw_sys::general::{
-    __NR_madvise, __NR_memfd_create, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync,
-    __NR_munmap, MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTNEED,
-    MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL,
-    MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
-    MADV_SEQUENTIAL, MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS,
-    MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE,
-    MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MFD_HUGETLB,
-    MREMAP_FIXED, MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
+    __NR_madvise, __NR_memfd_create, __NR_mprotect, __NR_mremap, __NR_msync, __NR_munmap,
+    MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTNEED, MADV_FREE,
+    MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL, MADV_PAGEOUT,
+    MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE, MADV_SEQUENTIAL,
+    MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS, MAP_FIXED,
+    MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE, MAP_POPULATE,
+    MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MFD_HUGETLB, MREMAP_FIXED,
+    MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
 };
 
 use crate::calls::opened::check_mapping;
-use crate::calls::{forward, forward_always};
+use crate::calls::{forward, forward_always, map_for_program};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -120,7 +120,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
         fd,
         offset,
     ];
-    if let Err(errno) = forward_always(__NR_mmap, args) {
+    if let Err(errno) = map_for_program(args) {
         if place == MAP_FIXED {
             forget_if_gone(&mut memory, range);
         }
@@ -507,10 +507,7 @@ pub(crate) fn map_anonymous(
 ) -> Result<(), Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE);
     let prot = host_prot(attributes.access);
-    forward_always(
-        __NR_mmap,
-        [range.start(), range.len(), prot, flags, u64::MAX, 0],
-    )?;
+    map_for_program([range.start(), range.len(), prot, flags, u64::MAX, 0])?;
     memory.areas.map(range, attributes);
     Ok(())
 }
@@ -525,10 +522,7 @@ pub(crate) fn map_file(
 ) -> Result<(), Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_FIXED_NOREPLACE);
     let prot = host_prot(access);
-    forward_always(
-        __NR_mmap,
-        [range.start(), range.len(), prot, flags, fd as u64, offset],
-    )?;
+    map_for_program([range.start(), range.len(), prot, flags, fd as u64, offset])?;
     let attributes = Attributes {
         access,
         sharing: Sharing::Private,

@@ -59,6 +59,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use dune_kvm::wall::Wall;
 use linux_raw_sys::general::__NR_umask;
 
 use self::control::Control;
@@ -266,6 +267,8 @@ fn start(control: Arc<Control>, listener: Listener, begun: Receiver<Begun>) -> i
         .name("debugger".to_owned())
         .spawn(move || {
             if let Ok(begun) = begun.recv() {
+                // This thread may be older than the engine.
+                Wall::open_for_this_thread();
                 server::serve(&control, begun, listener);
             }
         });

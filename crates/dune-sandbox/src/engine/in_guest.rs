@@ -27,7 +27,8 @@ use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
 use super::{
-    Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
 };
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
@@ -125,6 +126,10 @@ impl InGuest {
     ///
     /// If Dune mode cannot be entered.
     pub fn new() -> Result<Self, EngineError> {
+        // Natively: the rights that a wall gives and takes are the host's.
+        if !dune::is_inside() && super::build_wall().is_some() {
+            dune::signals::adopt_handlers();
+        }
         dune::enter().map_err(|error| EngineError::Kvm {
             what: "Dune mode",
             source: std::io::Error::other(error),
@@ -345,8 +350,19 @@ impl Engine for InGuest {
         Ok(())
     }
 
+    fn passage(&self) -> Passage {
+        Passage::ByRuntime
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         NonNull::from(&*self.kick)
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: dune::vcpus(),
+            slots: dune::windows(),
+        }
     }
 
     fn fds(&self) -> Vec<RawFd> {

@@ -582,7 +582,8 @@ fn bash_jobs_and_traps() {
     shell(
         "{ trap 'echo usr1' USR1; trap 'echo bye' EXIT; kill -USR1 $$; sleep 0.05 & wait $!; echo $?; \
          sleep 5 & p=$!; sleep 0.1; kill $p; wait $p; echo $?; set -m; sleep 0.05 & wait %1; echo $?; \
-         (trap 'echo term; exit 9' TERM; while :; do sleep 0.02; done) & p=$!; sleep 0.1; kill $p; wait $p; echo $?; } 2>/dev/null",
+         f=$(mktemp -u); (trap 'echo term; exit 9' TERM; : >$f; while :; do sleep 0.02; done) & p=$!; \
+         until [ -e $f ]; do sleep 0.02; done; kill $p; wait $p; echo $?; rm $f; } 2>/dev/null",
     );
 }
 

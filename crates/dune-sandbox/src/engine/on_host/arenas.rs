@@ -12,7 +12,9 @@
 //! A window is 64 MiB. KVM keeps two and a half megabytes of its own for each
 //! GiB of a slot where it shadows page tables, and clears them when the slot is
 //! made: 0.7 ms, while most programs use a few megabytes in two or three
-//! places. The slots that KVM has are enough for 2 TiB of 64 MiB each.
+//! places. The slots that KVM has are enough for 2 TiB of 64 MiB each; windows
+//! over memory that the program has given up are taken back long before
+//! ([`Memory::is_crowded`]).
 //!
 //! Of this process, the guest's physical memory holds the arenas and the part
 //! below `USER_HI` ([`crate::range`]), and the kernel's data for clocks
@@ -91,12 +93,24 @@ pub(super) struct Memory {
     short: Cell<Option<Short>>,
     /// For each piece of user space, its window's number and 1, or 0.
     window_of: RefCell<Box<[u16]>>,
-    /// For each window, its piece of user space.
+    /// For each window, its piece of user space; [`UNUSED`] if it was given back.
     piece_of: RefCell<Box<[u32]>>,
+    /// Windows that there have been at once: the rest of `piece_of` is fresh.
     windows: Cell<usize>,
     /// Whether the kernel's data for clocks have their slot.
     has_clock: Cell<bool>,
+    /// Windows that were given back.
+    unused: RefCell<Vec<u16>>,
+    /// How many windows there may be before somebody should look for those that
+    /// are of no use any more.
+    crowd: Cell<usize>,
 }
+
+/// Of no piece.
+const UNUSED: u32 = u32::MAX;
+
+/// Windows that nobody looks through: 16 GiB of user space in use.
+const SMALL_CROWD: usize = 256;
 
 impl Memory {
     /// Memory for a guest with `physical_bits` bits of address. `vm` must stay
@@ -117,6 +131,8 @@ impl Memory {
             piece_of: RefCell::new(vec![0; windows].into()),
             windows: Cell::new(0),
             has_clock: Cell::new(false),
+            unused: RefCell::default(),
+            crowd: Cell::new(SMALL_CROWD.min(windows)),
         }
     }
 
@@ -134,7 +150,9 @@ impl Memory {
         let number = match usize::from(*entry).checked_sub(1) {
             Some(number) => number,
             None => {
-                let number = self.windows.get();
+                let mut unused = self.unused.borrow_mut();
+                let fresh = self.windows.get();
+                let number = unused.last().map_or(fresh, |&number| usize::from(number));
                 let mut piece_of = self.piece_of.borrow_mut();
                 let back = piece_of.get_mut(number).ok_or(Short::Addresses)?;
                 let slot = (ARENAS + number) as u64;
@@ -143,7 +161,9 @@ impl Memory {
                     .map_err(Short::Host)?;
                 *back = piece as u32;
                 *entry = number as u16 + 1;
-                self.windows.set(number + 1);
+                if unused.pop().is_none() {
+                    self.windows.set(fresh + 1);
+                }
                 number
             }
         };
@@ -162,13 +182,62 @@ impl Memory {
         Ok(CLOCK)
     }
 
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> usize {
+        self.windows.get() - self.unused.borrow().len()
+    }
+
+    /// Memory slots of KVM that are in use.
+    pub(super) fn slots(&self) -> usize {
+        let arenas = self.arenas.iter().filter(|arena| arena.get().is_some());
+        self.windows() + arenas.count()
+    }
+
+    /// Whether it is time to look for windows that are of no use any more, by
+    /// [`Memory::release_windows`].
+    pub(super) fn is_crowded(&self) -> bool {
+        self.windows() >= self.crowd.get()
+    }
+
+    /// Gives back every window in whose piece of user space, given by its start,
+    /// nothing `is_used`. A piece that is needed again gets another window.
+    ///
+    /// The next look is at twice as many as are left, so that a program pays for
+    /// it in proportion to the windows that it makes.
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses to take a slot back.
+    pub(super) fn release_windows(&self, is_used: impl Fn(u64) -> bool) -> Result<(), Short> {
+        let mut window_of = self.window_of.borrow_mut();
+        let mut piece_of = self.piece_of.borrow_mut();
+        let mut unused = self.unused.borrow_mut();
+        for (number, piece) in piece_of[..self.windows.get()].iter_mut().enumerate() {
+            let base = u64::from(*piece) << WINDOW_SHIFT;
+            if *piece == UNUSED || is_used(base) {
+                continue;
+            }
+            let slot = (ARENAS + number) as u64;
+            self.set_slot(slot, window_address(number), base, 0)
+                .map_err(Short::Host)?;
+            window_of[*piece as usize] = 0;
+            *piece = UNUSED;
+            unused.push(number as u16);
+        }
+        let left = self.windows.get() - unused.len();
+        let most = piece_of.len();
+        self.crowd
+            .set((2 * left).clamp(SMALL_CROWD.min(most), most));
+        Ok(())
+    }
+
     /// The user address of a guest physical one, if it lies in a window.
     pub(super) fn user_address(&self, gpa: u64) -> Option<u64> {
         let number = (gpa.checked_sub(WINDOWS_START)? >> WINDOW_SHIFT) as usize;
         let piece_of = self.piece_of.borrow();
         let piece = *piece_of
             .get(number)
-            .filter(|_| number < self.windows.get())?;
+            .filter(|&&piece| number < self.windows.get() && piece != UNUSED)?;
         Some(u64::from(piece) << WINDOW_SHIFT | gpa & (WINDOW - 1))
     }
 
