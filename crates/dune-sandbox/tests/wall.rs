@@ -7,6 +7,11 @@
 //! without the wall, which must not hold; and signals, which find the guard in
 //! the middle of calls behind the wall.
 
+#![expect(
+    clippy::duplicate_mod,
+    reason = "test targets that also stand by themselves"
+)]
+
 #[path = "attack.rs"]
 #[expect(dead_code, reason = "a test target of its own")]
 mod attack;
