@@ -20,10 +20,12 @@ use crate::typed::TypeInfo;
 
 /// Where the value of a type lies in a cell.
 pub(super) const fn offset_of_value<T: Trace>() -> usize {
-    assert!(
-        align_of::<T>() <= GRANULE,
-        "objects are aligned to 16 bytes at most"
-    );
+    const {
+        assert!(
+            align_of::<T>() <= GRANULE,
+            "objects are aligned to 16 bytes at most"
+        );
+    }
     if !T::HAS_POINTERS {
         0
     } else if align_of::<T>() <= 8 {
