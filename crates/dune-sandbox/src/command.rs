@@ -426,7 +426,9 @@ impl Command {
         })?;
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
-        let shows_clock = clock::is_shown_by(engine.as_mut());
+        // What ring 3 reads there is no memory of its own, to be counted.
+        let is_sampled = self.sampler.is_some();
+        let shows_clock = !is_sampled && clock::is_shown_by(engine.as_mut());
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
         guard.program.set_shows_clock(shows_clock);
         guard.program.set_handlers(self.handlers);
