@@ -145,7 +145,11 @@ fn write(program: &Program, addr: u64, bytes: &[u8]) -> Result<(), Errno> {
     let range = UserRange::new(addr, bytes.len() as u64).ok_or(Errno::EFAULT)?;
     // Exclusively: the rights of the host's mapping change for a moment.
     let memory = program.memory_mut();
-    memory.note_write(program.pid(), range);
+    memory.note_write(program.pid(), range)?;
+    if let Some(pages) = PageRange::covering(range) {
+        // Also where the program itself cannot write.
+        memory.keep(program.pid(), pages)?;
+    }
     write_in(program.pid(), &memory, addr, bytes)
 }
 

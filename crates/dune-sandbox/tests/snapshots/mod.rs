@@ -156,7 +156,7 @@ pub(crate) fn a_run_that_ends_while_it_is_replaced_is_over(placement: &str, runs
     let errors = String::from_utf8_lossy(&output.stderr);
     let ends = text
         .lines()
-        .filter(|line| matches!(*line, "Exit(7)" | "Exit(0)"));
+        .filter(|line| matches!(*line, "Exit(7)" | "Exit(0)" | "Killed(14)"));
     assert_eq!(ends.count().to_string(), runs, "{text} {errors}");
     assert_eq!(text.lines().count().to_string(), runs, "{text} {errors}");
     assert!(output.status.success(), "{:?} {errors}", output.status);
