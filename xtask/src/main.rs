@@ -7,12 +7,14 @@
 //!           all of them, and one report
 //!   fuzz    a fuzz target for a while
 //!   soak    programs of every kind in the sandbox for a while
+//!   programs  real programs, natively and in the sandbox, compared
 //! ```
 
 mod bench;
 mod fuzz;
 mod lint;
 mod process;
+mod programs;
 mod report;
 mod soak;
 mod tally;
@@ -42,6 +44,8 @@ enum Chore {
     /// Run programs of every kind in the sandbox for a while; nothing may hang, go wrong or
     /// be left behind.
     Soak(soak::SoakArgs),
+    /// Compare real programs, natively and in the sandbox; Python's own regression tests too.
+    Programs(programs::ProgramsArgs),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run(&args),
         Chore::Soak(args) => soak::run(&args),
+        Chore::Programs(args) => programs::run(&args),
     };
     match result {
         Ok(code) => code,

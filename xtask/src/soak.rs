@@ -1,12 +1,12 @@
 //! `cargo xtask soak`: programs of every kind in the sandbox, for a while,
-//! two at a time beside one that stays; nothing may hang, go wrong or be left
+//! two at a time beside two that stay; nothing may hang, go wrong or be left
 //! behind.
 //!
 //! ```text
 //!   soak           the chore: here, or again inside of the lab
 //!   soak/load      the programs: what they do, what they must print
 //!   soak/run       one program: its time limit, its end, what it leaves behind
-//!   soak/resident  the program that stays: descriptors, threads, memory
+//!   soak/resident  the programs that stay: descriptors, vCPUs, slots, threads, memory
 //! ```
 
 mod load;
@@ -15,6 +15,7 @@ mod run;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use anyhow::{Context, Result};
 use dune_lab::{Config, Input, Output, Session};
 
 use crate::process::{cargo, succeed, target_folder};
-use load::{LOADS, Load};
+use load::{CHURN, LOADS, Load, SERVER};
 use resident::Resident;
 use run::Runner;
 
@@ -43,7 +44,7 @@ pub(crate) struct SoakArgs {
     dune: Option<PathBuf>,
 }
 
-/// Programs at a time, beside the one that stays.
+/// Programs at a time, beside those that stay.
 const WORKERS: usize = 2;
 
 /// Runs the chore.
@@ -95,7 +96,7 @@ fn in_lab(args: &SoakArgs, dune: &PathBuf) -> Result<ExitCode> {
         .arg("--dune")
         .arg(dune)
         // The last programs may take their whole limit.
-        .timeout(Some(Duration::from_secs(args.minutes * 60 + 600)));
+        .timeout(Some(Duration::from_secs(args.minutes * 60 + 2000)));
     let mut output = Output {
         stdout: &mut std::io::stdout(),
         stderr: &mut std::io::stderr(),
@@ -108,8 +109,14 @@ fn in_lab(args: &SoakArgs, dune: &PathBuf) -> Result<ExitCode> {
 /// would be the same again.
 fn soak(runner: &Runner, deadline: Instant) -> Vec<String> {
     let stop = AtomicBool::new(false);
-    let resident = Resident::start(runner);
+    // The server first: the others' clients are told its port.
+    let residents = [&SERVER, &CHURN].map(|stay| Resident::start(runner, stay));
+    if residents.iter().any(Result::is_err) {
+        // Clients without a server would only say so again.
+        stop.store(true, Ordering::Relaxed);
+    }
     let mut troubles = thread::scope(|scope| {
+        scope.spawn(|| report_progress(runner, deadline, &stop));
         let workers: Vec<_> = (0..WORKERS)
             .map(|worker| {
                 let stop = &stop;
@@ -123,14 +130,35 @@ fn soak(runner: &Runner, deadline: Instant) -> Vec<String> {
         });
         ends.filter_map(Result::err).collect::<Vec<_>>()
     });
-    match resident.and_then(Resident::end) {
-        Ok(summary) => println!("{summary}"),
-        Err(trouble) => troubles.push(format!("the program that stays: {trouble}")),
+    for resident in residents {
+        match resident.and_then(Resident::end) {
+            Ok(summary) => println!("{summary}"),
+            Err(trouble) => troubles.push(trouble),
+        }
     }
     if let Some(trouble) = runner.leftovers() {
         troubles.push(trouble);
     }
     troubles
+}
+
+/// A line each minute, until the end.
+fn report_progress(runner: &Runner, deadline: Instant, stop: &AtomicBool) {
+    const STEP: Duration = Duration::from_millis(200);
+    const MINUTE: Duration = Duration::from_secs(60);
+    let started = Instant::now();
+    let mut next = MINUTE;
+    while Instant::now() < deadline && !stop.load(Ordering::Relaxed) {
+        thread::sleep(STEP);
+        if started.elapsed() >= next {
+            println!(
+                "soak: {} programs after {} min",
+                runner.count(),
+                next.as_secs() / 60
+            );
+            next += MINUTE;
+        }
+    }
 }
 
 /// One program after the other; workers begin at different ones.
@@ -167,10 +195,16 @@ struct Machine {
 /// Memory that a kernel may keep for itself after a soak, in KiB.
 const KEPT_KIB: u64 = 192 << 10;
 
+/// Whether this is the lab's machine.
+fn is_lab() -> bool {
+    static IS_LAB: LazyLock<bool> = LazyLock::new(|| {
+        std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG"))
+    });
+    *IS_LAB
+}
+
 impl Machine {
     fn look() -> Self {
-        let is_lab =
-            std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG"));
         let number = |path: &str| {
             let text = std::fs::read_to_string(path).ok()?;
             text.trim().parse::<u64>().ok()
@@ -184,7 +218,7 @@ impl Machine {
         };
         let look = || Some((number("/sys/module/kvm_amd/refcnt")?, available()?));
         Self {
-            lab: is_lab.then(look).flatten(),
+            lab: is_lab().then(look).flatten(),
         }
     }
 

@@ -35,6 +35,7 @@ struct Check {
     kvm: KvmPart,
     placement: PlacementPart,
     second_wall: WallPart,
+    key_wall: KeyWallPart,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu: Option<CpuPart>,
     lab: LabPart,
@@ -79,6 +80,13 @@ struct WallPart {
     landlock: u32,
     seccomp: bool,
     explanation: String,
+}
+
+/// The wall around the guard's memory.
+#[derive(Debug, Serialize)]
+struct KeyWallPart {
+    protection_keys: bool,
+    explanation: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -145,6 +153,7 @@ impl Check {
             kvm: KvmPart::of(&report.kvm),
             placement: PlacementPart::of(report),
             second_wall: WallPart::of(&Kernel::this()),
+            key_wall: KeyWallPart::of(dune_kvm::wall::has_protection_keys()),
             cpu: report.features().as_ref().map(CpuPart::of),
             lab: LabPart::of_this_machine(),
         }
@@ -172,6 +181,7 @@ impl Check {
             },
         );
         line("second wall", &self.second_wall.explanation);
+        line("key wall", self.key_wall.explanation);
         if let Some(cpu) = &self.cpu {
             let names = |present: bool| {
                 let names: Vec<&str> = cpu
@@ -351,6 +361,19 @@ impl WallPart {
     }
 }
 
+impl KeyWallPart {
+    fn of(protection_keys: bool) -> Self {
+        Self {
+            protection_keys,
+            explanation: if protection_keys {
+                "protection keys: yes; the host kernel itself refuses addresses of the guard"
+            } else {
+                "protection keys: no; the guard's checks alone keep the host kernel from its memory"
+            },
+        }
+    }
+}
+
 impl CpuPart {
     fn of(features: &Features) -> Self {
         let feature = |name, present, purpose| FeaturePart {
@@ -372,11 +395,7 @@ impl CpuPart {
                     "ring 3 cannot read descriptor tables",
                 ),
                 feature("NX", features.nx, "data is not code"),
-                feature(
-                    "PKU",
-                    features.pku,
-                    "the guard's memory under a key of its own",
-                ),
+                feature("PKU", features.pku, "protection keys for guests"),
                 feature(
                     "PCID",
                     features.pcid,
@@ -492,6 +511,7 @@ mod tests {
         assert_eq!(json["kvm"]["state"], "weak");
         assert_eq!(json["kvm"]["measurements"]["syscall_cpl"], 3);
         assert_eq!(json["placement"]["dune_mode"], "lab");
+        assert!(json["key_wall"]["protection_keys"].is_boolean());
         assert!(json["lab"]["tools"].is_array());
     }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use dune_sandbox::engine::{Access, Engine, EngineError, Seed, Trap, Usage, UserState};
+use dune_sandbox::engine::{Access, Engine, EngineError, Holdings, Seed, Trap, Usage, UserState};
 use dune_sandbox::host::move_fd_high;
 use dune_sandbox::range::PageRange;
 
@@ -23,6 +23,8 @@ pub(crate) struct Counts {
     pub(crate) host_faults: u64,
     pub(crate) exceptions: u64,
     pub(crate) interruptions: u64,
+    /// As of the last thread's end.
+    pub(crate) holdings: Holdings,
 }
 
 impl Counts {
@@ -43,6 +45,8 @@ impl Counts {
             format!("placement {placement}"),
             plural(self.calls, "system call"),
             plural(self.page_faults, "page fault"),
+            plural(self.holdings.vcpus as u64, "vCPU"),
+            plural(self.holdings.slots as u64, "memory slot"),
         ];
         // What most programs do not have is named only where it was.
         for (count, what) in [
@@ -165,6 +169,14 @@ impl Engine for Observed {
         self.inner.admit_ahead(range, access)
     }
 
+    fn shows_clock(&mut self, data: u64, len: u64) -> bool {
+        self.inner.shows_clock(data, len)
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        self.inner.admit_clock(range, data)
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.inner.revoke(range)
     }
@@ -213,10 +225,23 @@ impl Engine for Observed {
         self.inner.kick_byte()
     }
 
+    fn holdings(&self) -> Holdings {
+        self.inner.holdings()
+    }
+
     fn fds(&self) -> Vec<RawFd> {
         let mut fds = self.inner.fds();
         fds.push(self.stderr);
         fds
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        if let Some(counts) = &self.counts {
+            let holdings = self.inner.holdings();
+            locked(counts).holdings = holdings;
+        }
     }
 }
 
@@ -250,12 +275,13 @@ mod tests {
         let counts = Counts {
             calls: 94,
             page_faults: 1,
+            holdings: Holdings { vcpus: 1, slots: 5 },
             ..Counts::default()
         };
         let line = counts.summary("host", Duration::from_micros(6_400));
         assert_eq!(
             line,
-            "placement host, 94 system calls, 1 page fault, 6.4 ms"
+            "placement host, 94 system calls, 1 page fault, 1 vCPU, 5 memory slots, 6.4 ms"
         );
         let counts = Counts {
             exceptions: 2,

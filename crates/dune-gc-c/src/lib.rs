@@ -1,9 +1,5 @@
 //! The C interface of `dune-gc`; see `include/dune_gc.h` there.
 #![expect(unsafe_code, reason = "a C interface")]
-#![expect(
-    clippy::missing_safety_doc,
-    reason = "the header states the conditions"
-)]
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use core::ptr;

@@ -3,7 +3,7 @@
 use proc_macro::TokenStream;
 use proc_macro2::TokenStream as Tokens;
 use quote::{format_ident, quote};
-use syn::{Data, DeriveInput, Fields, GenericParam, Index, parse_macro_input, parse_quote};
+use syn::{Data, DeriveInput, Fields, GenericParam, parse_macro_input, parse_quote};
 
 /// Implements `dune_gc::Trace` by tracing every field. The type must not implement `Drop`
 /// (its fields may): an object that is collected must not look at others that are.
@@ -25,11 +25,18 @@ fn expand(input: &DeriveInput) -> syn::Result<Tokens> {
     }
     let (impl_generics, type_generics, where_clause) = generics.split_for_impl();
     let (body, types) = match &input.data {
-        Data::Struct(data) => (trace_struct(&data.fields), types_of(&data.fields)),
+        Data::Struct(data) => {
+            let (pattern, calls) = trace_fields(&data.fields);
+            // A pattern, so that a field that another macro adds afterwards is an error.
+            (
+                quote!(let Self #pattern = self; #calls),
+                types_of(&data.fields),
+            )
+        }
         Data::Enum(data) => {
             let arms = data.variants.iter().map(|variant| {
                 let variant_name = &variant.ident;
-                let (pattern, calls) = trace_variant(&variant.fields);
+                let (pattern, calls) = trace_fields(&variant.fields);
                 quote!(Self::#variant_name #pattern => { #calls })
             });
             // A type without variants has no value to trace.
@@ -79,20 +86,8 @@ fn types_of(fields: &Fields) -> Vec<&syn::Type> {
     fields.iter().map(|field| &field.ty).collect()
 }
 
-fn trace_struct(fields: &Fields) -> Tokens {
-    let calls = fields.iter().enumerate().map(|(index, field)| {
-        let index = Index::from(index);
-        let member = match &field.ident {
-            Some(name) => quote!(#name),
-            None => quote!(#index),
-        };
-        quote!(::dune_gc::Trace::trace(&self.#member, tracer);)
-    });
-    quote!(#(#calls)*)
-}
-
-/// The pattern that binds a variant's fields, and the calls that trace them.
-fn trace_variant(fields: &Fields) -> (Tokens, Tokens) {
+/// The pattern that binds all fields, and the calls that trace them.
+fn trace_fields(fields: &Fields) -> (Tokens, Tokens) {
     let names: Vec<_> = (0..fields.len())
         .map(|index| format_ident!("field_{index}"))
         .collect();

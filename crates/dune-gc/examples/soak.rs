@@ -38,7 +38,7 @@ fn node(key: u64) -> Node {
         seal: seal(key),
         left: GcCell::null(),
         right: GcCell::null(),
-        note: (key % 64 == 0).then(|| format!("node {key}").into()),
+        note: key.is_multiple_of(64).then(|| format!("node {key}").into()),
     }
 }
 

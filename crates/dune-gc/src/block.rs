@@ -42,6 +42,9 @@ impl Kind {
     }
 }
 
+/// In the kind of a large object's first block: so that a marker need not look at the class.
+const OF_LARGE: u32 = 1 << 8;
+
 /// The class of a block that one large object fills.
 pub(crate) const LARGE: u32 = 255;
 /// No block.
@@ -54,6 +57,7 @@ pub(crate) const NONE: u32 = u32::MAX;
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Block {
+    /// The number of its kind; of the first block of a large object with [`OF_LARGE`].
     kind: AtomicU32,
     class: AtomicU32,
     pub(crate) cell_bytes: AtomicU32,
@@ -66,6 +70,8 @@ pub(crate) struct Block {
     pub(crate) cycle_cursor: AtomicU32,
     /// The next block in the list that this one is in.
     pub(crate) next: AtomicU32,
+    /// 1 while it is in a list, of touched ones or of those with room.
+    pub(crate) listed: AtomicU32,
     /// 1 while a thread allocates from it.
     pub(crate) owned: AtomicU32,
     /// 1 while no cell was ever used: the memory is zero.
@@ -83,7 +89,15 @@ const _: () = assert!(size_of::<Block>() == 64);
 impl Block {
     #[inline]
     pub(crate) fn kind(&self) -> Kind {
-        Kind::from_number(self.kind.load(core::sync::atomic::Ordering::Acquire))
+        let number = self.kind.load(core::sync::atomic::Ordering::Acquire);
+        Kind::from_number(number & !OF_LARGE)
+    }
+
+    /// The kind of a block of cells; `None` for one that is free or of a large object.
+    #[inline]
+    pub(crate) fn kind_of_cells(&self) -> Option<Kind> {
+        let number = self.kind.load(core::sync::atomic::Ordering::Acquire);
+        (number.wrapping_sub(1) < KINDS as u32).then(|| Kind::from_number(number))
     }
 
     #[inline]
@@ -117,7 +131,7 @@ impl Block {
         self.set_kind(kind);
     }
 
-    /// Makes it the first block of a large object, which is allocated thereby.
+    /// Makes it the first block of a large object, which is not allocated yet.
     pub(crate) fn make_large(&self, kind: Kind, bytes: usize) {
         self.class.store(LARGE, Relaxed);
         // Every offset is in cell 0.
@@ -125,10 +139,18 @@ impl Block {
         self.reciprocal.store(reciprocal(BLOCK as u32), Relaxed);
         self.cells.store(1, Relaxed);
         self.cycle_cursor.store(0, Relaxed);
-        self.cursor.store(1, Relaxed);
+        self.cursor.store(0, Relaxed);
         self.marked.store(0, Relaxed);
         self.large_bytes.store(bytes as u64, Relaxed);
-        self.set_kind(kind);
+        self.kind.store(
+            kind as u32 | OF_LARGE,
+            core::sync::atomic::Ordering::Release,
+        );
+    }
+
+    /// The memory of its large object is zero: from here on the object is looked through.
+    pub(crate) fn allocate_large(&self) {
+        self.cursor.store(1, core::sync::atomic::Ordering::Release);
     }
 
     /// Makes it a later block of a large object.
@@ -171,6 +193,11 @@ impl Bitmap<'_> {
             word.store(old | bit, Relaxed);
         }
         old & bit == 0
+    }
+
+    /// Clears a bit, with the world stopped.
+    pub(crate) fn clear(self, cell: u32) {
+        self.word(cell).fetch_and(!(1 << (cell % 64)), Relaxed);
     }
 
     pub(crate) fn clear_all(self) {

@@ -9,13 +9,10 @@ use crate::block::{Kind, NONE};
 use crate::heap::Core;
 use crate::layout::BLOCK;
 use crate::mark::{MarkStack, Marker};
-use crate::roots::Run;
+use crate::roots::{Droppable, Run};
 use crate::space::Lists;
 use crate::thread::Thread;
 use crate::world::Stopped;
-
-/// Bytes of young objects after which a minor collection is due at the latest.
-const MOST_YOUNG: usize = 32 << 20;
 
 impl Core {
     /// Collects if it is still due once nobody else collects.
@@ -43,6 +40,7 @@ impl Core {
     }
 
     pub(crate) fn collector(&self) -> MutexGuard<'_, MarkStack> {
+        self.check_process();
         self.collector
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -51,6 +49,11 @@ impl Core {
     /// The next finalizer to run, outside of every lock.
     pub(crate) fn take_ready(&self) -> Option<(usize, Run)> {
         self.roots().take_ready()
+    }
+
+    /// The next value to drop, outside of every lock; and the one before was.
+    pub(crate) fn take_dead(&self, dropped: Option<usize>) -> Option<Droppable> {
+        self.roots().take_dead(dropped)
     }
 
     /// Stops the world, marks everything that the roots lead to, and frees the rest.
@@ -67,7 +70,7 @@ impl Core {
         self.keep_buffers(&stopped, other);
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, false);
         self.space.exchange_bitmaps();
         self.reclaim_all();
         drop(stopped);
@@ -88,11 +91,12 @@ impl Core {
         self.keep_buffers(&stopped, self.space.current());
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, true);
         let pages = marker.pages_scanned;
         self.counters
             .pages_scanned
             .fetch_add(pages, Ordering::Relaxed);
+        (self.looked_at).store(marker.bytes_scanned, Ordering::Relaxed);
         self.reclaim_touched();
         drop(stopped);
         self.counters.paused(begin.elapsed());
@@ -131,7 +135,7 @@ impl Core {
         if self.parameters.stop_signal.is_some() {
             for thread in stopped.threads() {
                 let start = thread.stack_pointer.load(Ordering::Relaxed);
-                let end = thread.stack_end.load(Ordering::Relaxed);
+                let end = thread.stack_end();
                 // SAFETY: the part of a stopped thread's stack that is in use.
                 unsafe { marker.scan(start, end) };
                 let [start, end] = [0, 1].map(|end| thread.tls[end].load(Ordering::Relaxed));
@@ -147,15 +151,30 @@ impl Core {
         }
     }
 
-    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>) {
-        if self.roots().find_unreachable(self, marker) {
+    pub(crate) fn finalize_unreachable(&self, marker: &mut Marker<'_>, only_young: bool) {
+        if self.roots().find_unreachable(self, marker, only_young) {
             self.has_ready.store(true, Ordering::Release);
+        }
+    }
+
+    /// From here on the object is not looked through: its value is about to be dropped.
+    pub(crate) fn forget_description(&self, object: usize) {
+        let Some(at) = self.space.cell_of(object) else {
+            return;
+        };
+        if self.space.block(at.block).kind() == Kind::Typed {
+            let cell = self.space.cell_address(at);
+            // Not by way of a trap: the marker's thread has its signals blocked.
+            self.tracker.will_write(cell, size_of::<usize>());
+            // SAFETY: an allocated cell of a block of typed objects, with the world stopped.
+            unsafe { crate::typed::forget(cell) };
         }
     }
 
     /// Makes lists of what the current bitmaps leave free in all blocks.
     pub(crate) fn reclaim_all(&self) {
         let mut lists = self.space.lists();
+        self.take_back_dropped(&mut lists);
         lists.forget();
         let mut live = 0;
         let mut number = 0;
@@ -180,6 +199,7 @@ impl Core {
     /// the last collection: in all others nothing has changed.
     fn reclaim_touched(&self) {
         let mut lists = self.space.lists();
+        self.take_back_dropped(&mut lists);
         let mut live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
         let mut number = lists.touched;
         lists.touched = NONE;
@@ -193,9 +213,26 @@ impl Core {
         self.set_pace(&lists, live);
     }
 
+    /// The cells of values that were dropped since the last collection are free again: they
+    /// were kept for the drop alone, which would make young objects old.
+    fn take_back_dropped(&self, lists: &mut Lists) {
+        for object in self.roots().take_dropped() {
+            let Some(at) = self.space.cell_of(object) else {
+                continue;
+            };
+            let set = self.space.current();
+            self.space.bitmap(set, at.block).clear(at.cell);
+            let block = self.space.block(at.block);
+            if block.listed.load(Ordering::Relaxed) == 0 && !block.is_owned() {
+                self.space.touch(lists, at.block);
+            }
+        }
+    }
+
     /// Puts a block where it belongs now, and counts what is marked in it.
     fn reclaim(&self, lists: &mut Lists, number: u32) {
         let block = self.space.block(number);
+        block.listed.store(0, Ordering::Relaxed);
         let bitmap = self.space.bitmap(self.space.current(), number);
         let cells = block.cells.load(Ordering::Relaxed);
         let marked = bitmap.count(cells);
@@ -230,17 +267,22 @@ impl Core {
         }
     }
 
-    /// Decides when to collect next.
+    /// Decides when to collect next: when as much was allocated as is worth it. A full
+    /// collection looks at what is live, so three quarters of that. A minor one looks at the old
+    /// objects of written pages, as many as the last time if the program goes on as before: so
+    /// three quarters of those, and it never costs more for a byte than a full one.
     fn set_pace(&self, lists: &Lists, live: usize) {
         let in_use = (lists.committed - lists.free_blocks) as usize * BLOCK;
         (self.counters.heap_bytes).store(in_use as u64, Ordering::Relaxed);
         (self.counters.live_bytes).store(live as u64, Ordering::Relaxed);
         self.allocated.store(0, Ordering::Relaxed);
         let least = self.parameters.least_allowance;
+        let when_full = (live / 4 * 3).max(least * 2);
         let allowance = if self.tracker.is_tracking() {
-            (live / 16).clamp(least, least.max(MOST_YOUNG))
+            let looked_at = self.looked_at.load(Ordering::Relaxed);
+            (looked_at / 4 * 3).clamp(least, when_full)
         } else {
-            (live / 4 * 3).max(least)
+            when_full
         };
         self.allowance.store(allowance, Ordering::Relaxed);
     }
@@ -249,6 +291,7 @@ impl Core {
     fn is_full_due(&self) -> bool {
         let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
         let before = self.live_when_full.load(Ordering::Relaxed);
-        live > before + (before / 4 * 3).max(self.parameters.least_allowance * 2)
+        self.parameters.is_stressed
+            || live > before + (before / 4 * 3).max(self.parameters.least_allowance * 4)
     }
 }

@@ -2,8 +2,12 @@
 //! the registers, stacks and variables of the program as roots. The C interface
 //! (`include/dune_gc.h`) is these functions.
 //!
-//! Threads are stopped by a signal (`SIGRTMIN + 6`) wherever they are; calls that the kernel
-//! does not restart by itself may end early with `EINTR`.
+//! Threads are stopped by a signal (`SIGRTMIN + 6`) wherever they are, also in system calls,
+//! which Linux restarts; those that it never restarts (`poll`, `nanosleep` and their like) end
+//! early with `EINTR`. A thread that blocks the signal, or handles another one on an alternate
+//! stack, is waited for. With [`Provider::Dune`] a registered thread must stay in Dune mode.
+//!
+//! The heap goes on in a child of `fork`, with the calling thread alone.
 #![expect(unsafe_code, reason = "hands out raw memory, handles a signal")]
 
 use core::cell::{Cell, OnceCell};
@@ -11,16 +15,18 @@ use core::ffi::c_void;
 use core::mem;
 use core::ptr;
 use core::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::block::Kind;
-use crate::cycle::MarkerThread;
+use crate::cycle::{CycleGuard, MarkerThread};
 use crate::error::GcError;
 use crate::heap::{Core, Parameters, fatal};
 use crate::images;
 use crate::layout::class_of;
+use crate::mark::MarkStack;
 use crate::provider::Provider;
-use crate::roots::Run;
+use crate::roots::{Roots, Run};
+use crate::space::Lists;
 use crate::stats::Stats;
 use crate::thread::{SAFE, Thread};
 
@@ -115,10 +121,11 @@ pub fn register_thread() -> Result<(), GcError> {
             provider: Provider::Dune,
             reason,
         })?;
-    let (_, stack_end) = images::stack().ok_or(GcError::UnknownStack)?;
+    let stack = images::stack().ok_or(GcError::UnknownStack)?;
     let tls = images::thread_variables();
     let thread = Arc::new(Thread::new());
-    thread.stack_end.store(stack_end, Ordering::Relaxed);
+    thread.stack[0].store(stack.0, Ordering::Relaxed);
+    thread.stack[1].store(stack.1, Ordering::Relaxed);
     thread.tls[0].store(tls.0, Ordering::Relaxed);
     thread.tls[1].store(tls.1, Ordering::Relaxed);
     // SAFETY: has no conditions.
@@ -159,8 +166,7 @@ fn leave(thread: &Arc<Thread>) {
     }
     core.give_back_buffers(thread);
     // It stays safe for ever: the handler returns at once, and nobody waits for it.
-    core.world
-        .enter_safe(thread, thread.stack_end.load(Ordering::Relaxed));
+    core.world.enter_safe(thread, thread.stack_end());
     CURRENT.set(&NOBODY);
     core.world.unregister(thread);
 }
@@ -189,16 +195,21 @@ fn allocate(kind: Kind, bytes: usize) -> *mut c_void {
     allocate_slowly(kind, bytes)
 }
 
-#[cold]
-#[inline(never)]
-fn allocate_slowly(kind: Kind, bytes: usize) -> *mut c_void {
-    let core = heap();
+/// The calling thread, registered.
+fn current() -> &'static Thread {
     if ptr::eq(CURRENT.get(), &NOBODY)
         && let Err(error) = register_thread()
     {
         fatal(&error.to_string());
     }
-    let address = core.allocate(CURRENT.get(), kind, bytes);
+    CURRENT.get()
+}
+
+#[cold]
+#[inline(never)]
+fn allocate_slowly(kind: Kind, bytes: usize) -> *mut c_void {
+    let core = heap();
+    let address = core.allocate(current(), kind, bytes);
     if core.has_ready.load(Ordering::Relaxed) {
         run_finalizers(core);
     }
@@ -249,14 +260,8 @@ pub unsafe fn free(object: *mut c_void) {
 /// Finds everything that is unreachable now, and runs finalizers.
 pub fn collect() {
     let core = heap();
-    let thread = CURRENT.get();
-    if ptr::eq(thread, &NOBODY) {
-        // Registers and stack of this thread would not be looked at.
-        if let Err(error) = register_thread() {
-            fatal(&error.to_string());
-        }
-    }
-    core.collect_fully(CURRENT.get());
+    // Registers and stack of a thread that is not registered would not be looked at.
+    core.collect_fully(current());
     run_finalizers(core);
 }
 
@@ -279,7 +284,7 @@ fn run_finalizers(core: &Core) {
 /// The range is readable for as long as the process lives.
 pub unsafe fn add_roots(start: *mut c_void, end: *mut c_void) {
     let core = heap();
-    core.critically(CURRENT.get(), || {
+    core.critically(current(), || {
         core.roots().ranges.push((start as usize, end as usize));
     });
 }
@@ -299,7 +304,7 @@ pub unsafe fn register_finalizer(
 ) {
     let core = heap();
     let data = data as usize;
-    core.critically(CURRENT.get(), || {
+    core.critically(current(), || {
         let run = function.map(|function| {
             // SAFETY: by the caller's word.
             Run::Untyped(Box::new(move |object| unsafe {
@@ -314,6 +319,73 @@ pub unsafe fn register_finalizer(
 #[must_use]
 pub fn stats() -> Stats {
     heap().stats()
+}
+
+/// Everything that another thread may hold, from before a `fork` until after it.
+struct Forking {
+    _collector: MutexGuard<'static, MarkStack>,
+    threads: MutexGuard<'static, Vec<Arc<Thread>>>,
+    _roots: MutexGuard<'static, Roots>,
+    _lists: MutexGuard<'static, Lists>,
+    _cycle: CycleGuard<'static>,
+}
+
+thread_local! {
+    static FORKING: Cell<Option<mem::ManuallyDrop<Forking>>> = const { Cell::new(None) };
+}
+
+/// Waits until nobody collects, and keeps it so.
+pub(crate) fn before_fork() {
+    let Some(core) = HEAP.get() else { return };
+    let thread = CURRENT.get();
+    let collector = if ptr::eq(thread, &NOBODY) {
+        core.collector()
+    } else {
+        core.world.while_safe(thread, || core.collector())
+    };
+    // In the order in which the collector takes them.
+    let forking = Forking {
+        _collector: collector,
+        threads: core.world.hold(),
+        _roots: core.roots(),
+        _lists: core.space.lists(),
+        _cycle: core.cycle.hold(),
+    };
+    FORKING.set(Some(mem::ManuallyDrop::new(forking)));
+}
+
+pub(crate) fn after_fork(is_child: bool) {
+    let (Some(core), Some(forking)) = (HEAP.get(), FORKING.take()) else {
+        return;
+    };
+    let mut forking = mem::ManuallyDrop::into_inner(forking);
+    if !is_child {
+        return;
+    }
+    core.generation
+        .store(crate::fork::generation(), Ordering::Relaxed);
+    let this = CURRENT.get();
+    // Of the others only the stacks are left, which nobody uses any more.
+    forking.threads.retain(|thread| {
+        let is_this = ptr::eq(Arc::as_ptr(thread), this);
+        if !is_this {
+            core.forget_buffers(thread);
+        }
+        is_this
+    });
+    for thread in forking.threads.iter() {
+        // SAFETY: has no conditions.
+        let tid = unsafe { libc::gettid() };
+        thread.tid.store(tid, Ordering::Relaxed);
+    }
+    if let Err(reason) = core.tracker.after_fork(&core.space) {
+        fatal(&reason);
+    }
+    drop(forking);
+    if core.tracker.is_tracking() {
+        core.has_marker.store(false, Ordering::Relaxed);
+        mem::forget(MarkerThread::start(core));
+    }
 }
 
 fn install_handler(signal: i32) {
@@ -332,6 +404,12 @@ extern "C" fn on_stop(_: libc::c_int) {
         return;
     };
     if thread.is_critical.load(Ordering::SeqCst) || thread.state.load(Ordering::SeqCst) == SAFE {
+        return;
+    }
+    let here = 0_u8;
+    if !thread.is_on_stack(&raw const here as usize) {
+        // In another signal's handler, on an alternate stack: what was interrupted is not known.
+        // The collector asks again.
         return;
     }
     // SAFETY: the calling thread's `errno`.

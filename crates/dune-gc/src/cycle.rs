@@ -10,17 +10,40 @@
 //!
 //! What the program writes meanwhile, the tracker knows: after the marker has followed all
 //! that the roots led to, it looks again at the marked objects of written pages, first beside
-//! the program (*cleaning*), then once more with the world stopped. Cells that are allocated
-//! during the cycle are live at its end, whatever happens to them; they are told by the
-//! cursors of their blocks, so allocating costs no more than at other times.
+//! the program (*cleaning*), then once more with the world stopped. Cells that were allocated
+//! before the last cleaning are live at the cycle's end, whatever happens to them; they are told
+//! by the cursors of their blocks, so allocating costs no more than at other times.
 //!
-//! Why nothing live is lost: suppose a live object is unmarked at the end. Follow a path to it
-//! from a root of the last pause; some marked object (or root) on it points to an unmarked
-//! one. Roots are looked at in the last pause. The marked object was looked at after it was
-//! marked; it got the pointer later, so its page was written later, and it was looked at again.
+//! # Why nothing live is lost
+//!
+//! It is an *incremental update* scheme: not what the program overwrote is kept (as by a
+//! snapshot at the beginning), but what it wrote is looked at. Suppose a live object is unmarked
+//! at the end. Follow a path to it from a root of the last pause; some marked object (or root) on
+//! it points to an unmarked one.
+//!
+//! ```text
+//!   root --> ... --> marked M --> unmarked U       U is U's first on the path
+//! ```
+//!
+//! Roots are looked at in the last pause, so it is an object M. M was looked through at least
+//! once after it was marked. Had the pointer to U been there then, U would be marked. So it was
+//! written later: after the first pause, which all writes before it precede. The page was in the
+//! tracker's set at some later time (see [`track`](crate::track)), at the last pause at the latest,
+//! and M, being marked, was looked through again with the pointer in it, unless that was
+//! overwritten since, which is the same argument from the start. It holds for a U that is new as
+//! for any other. (The cells that are new at a cleaning are marked then, all of them: what they
+//! lead to need not wait for the last pause.)
+//!
+//! What the marker sees of a new cell or block beside the program: a block says its kind after its
+//! bitmaps are clear, and its cursor moves after the cells are zero, both by release and acquire;
+//! an object of a type is looked through once its description is there, which is written last.
+//!
+//! The cycle holds the collector's lock from its first pause to its last, so no other collection
+//! changes marks or frees blocks meanwhile. A thread that has allocated as much beside the cycle
+//! as was live before waits for its end.
 
 use core::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -39,10 +62,11 @@ pub(crate) struct Cycle {
     is_running: AtomicBool,
     wish: Mutex<Wish>,
     changed: Condvar,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Wish {
+pub(crate) enum Wish {
     #[default]
     Nothing,
     Cycle,
@@ -65,9 +89,21 @@ impl Cycle {
         }
     }
 
+    /// Holds the wish, so that a `fork` finds it whole.
+    pub(crate) fn hold(&self) -> CycleGuard<'_> {
+        let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        CycleGuard(wish, thread)
+    }
+
     fn end(&self) {
         *self.wish.lock().unwrap_or_else(PoisonError::into_inner) = Wish::End;
         self.changed.notify_all();
+    }
+
+    fn replace_thread(&self, thread: Option<JoinHandle<()>>) -> Option<JoinHandle<()>> {
+        let mut place = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        core::mem::replace(&mut place, thread)
     }
 
     fn wait(&self) -> Wish {
@@ -88,11 +124,15 @@ impl Cycle {
     }
 }
 
+/// See [`Cycle::hold`].
+#[derive(Debug)]
+#[expect(dead_code, reason = "they are held")]
+pub(crate) struct CycleGuard<'a>(MutexGuard<'a, Wish>, MutexGuard<'a, Option<JoinHandle<()>>>);
+
 /// The thread that marks beside the program. Dropped, it ends.
 #[derive(Debug)]
 pub(crate) struct MarkerThread {
     core: Arc<Core>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl MarkerThread {
@@ -101,28 +141,44 @@ impl MarkerThread {
         let thread = crate::signals::with_all_blocked(|| {
             std::thread::Builder::new()
                 .name("dune-gc-marker".to_owned())
-                .spawn(move || {
-                    while shared.cycle.wait() == Wish::Cycle {
-                        shared.run_cycle();
-                        shared.cycle.done();
-                    }
-                })
+                .spawn(move || mark_when_asked(&shared))
         })?;
+        let core = Arc::clone(core);
+        // A handle that is there already is of the parent of a `fork`, whose thread this process
+        // does not have.
+        core::mem::forget(core.cycle.replace_thread(Some(thread)));
         core.has_marker.store(true, Ordering::Relaxed);
-        Ok(Self {
-            core: Arc::clone(core),
-            thread: Some(thread),
-        })
+        Ok(Self { core })
     }
 }
 
 impl Drop for MarkerThread {
     fn drop(&mut self) {
+        if self.core.is_foreign() {
+            return;
+        }
         self.core.has_marker.store(false, Ordering::Relaxed);
         self.core.cycle.end();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.core.cycle.replace_thread(None) {
             let _ = thread.join();
         }
+    }
+}
+
+fn mark_when_asked(core: &Core) {
+    /// Whoever waits for the cycle would wait for ever.
+    struct NeverPanics;
+    impl Drop for NeverPanics {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                crate::heap::fatal("an implementation of Trace panicked");
+            }
+        }
+    }
+    let _guard = NeverPanics;
+    while core.cycle.wait() == Wish::Cycle {
+        core.run_cycle();
+        core.cycle.done();
     }
 }
 
@@ -172,11 +228,10 @@ impl Core {
         let begin = Instant::now();
         let stopped = self.world.stop(self.parameters.stop_signal);
         self.tracker.collect(&self.space);
-        self.mark_new_cells(&marker);
         marker.scan_dirty();
         self.mark_roots(&stopped, &mut marker);
         marker.drain();
-        self.finalize_unreachable(&mut marker);
+        self.finalize_unreachable(&mut marker, false);
         let pages = marker.pages_scanned;
         self.counters
             .pages_scanned
@@ -189,8 +244,9 @@ impl Core {
         self.counters.collections.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Marks the cells that were allocated since the cycle began or since the last time. Their
-    /// words are looked at when their pages are, which are written ones.
+    /// Marks the cells that were allocated since the cycle began or since the last time, so that
+    /// what they lead to is marked beside the program. Their words are looked at when their
+    /// pages are, which are written ones.
     fn mark_new_cells(&self, marker: &Marker<'_>) {
         for number in 0..self.space.used_blocks() {
             let block = self.space.block(number);

@@ -23,6 +23,17 @@ pub enum GcError {
     /// The thread has a mutator for this heap.
     #[error("this thread is registered with the heap already: use the mutator it has")]
     AlreadyAttached,
+    /// The heap is full.
+    #[error(
+        "the heap has no room for {bytes} bytes: collect, or raise Config::max_bytes ({capacity} \
+         bytes now) or the process's limits (ulimit -v, -d)"
+    )]
+    Exhausted {
+        /// Bytes of the object.
+        bytes: usize,
+        /// Bytes that the heap can ever have.
+        capacity: usize,
+    },
     /// A thread's stack is where nobody knows.
     #[error("the bounds of this thread's stack are not known (pthread_getattr_np failed)")]
     UnknownStack,

@@ -1,12 +1,13 @@
 //! The heap: allocation, and when to collect.
 #![expect(unsafe_code, reason = "clears memory that is about to be handed out")]
 
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
 use crate::cycle::Cycle;
 use crate::error::GcError;
+use crate::fork;
 use crate::layout::{BLOCK, CELL_BYTES, PAGE, class_of};
 use crate::mark::MarkStack;
 use crate::provider::Provider;
@@ -32,7 +33,8 @@ pub(crate) struct Parameters {
     pub(crate) mark_stack_entries: usize,
     /// Bytes allocated between collections, at least.
     pub(crate) least_allowance: usize,
-    /// Collects at every allocation that needs the heap's lock.
+    /// Collects at every allocation that needs the heap's lock, young objects and then, beside
+    /// the program if that can be, everything.
     pub(crate) is_stressed: bool,
     /// Sent to threads that are to stop.
     pub(crate) stop_signal: Option<i32>,
@@ -43,7 +45,7 @@ impl Default for Parameters {
         Self {
             reservation: RESERVATION,
             mark_stack_entries: MARK_STACK_ENTRIES,
-            least_allowance: 4 << 20,
+            least_allowance: 2 << 20,
             is_stressed: false,
             stop_signal: None,
         }
@@ -65,6 +67,8 @@ pub(crate) struct Core {
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
+    /// Bytes of old objects that the last minor collection looked at.
+    pub(crate) looked_at: AtomicUsize,
     /// Bytes that were live after the last full collection.
     pub(crate) live_when_full: AtomicUsize,
     pub(crate) cycle: Cycle,
@@ -72,10 +76,13 @@ pub(crate) struct Core {
     pub(crate) has_marker: AtomicBool,
     /// Finalizers wait to be run.
     pub(crate) has_ready: AtomicBool,
+    /// The process that it belongs to.
+    pub(crate) generation: AtomicU32,
 }
 
 impl Core {
     pub(crate) fn new(parameters: Parameters, provider: Provider) -> Result<Self, GcError> {
+        fork::prepare();
         let space = Space::new(parameters.reservation).map_err(GcError::Reserve)?;
         let tracker = provider.tracker(&space)?;
         let stack = MarkStack::new(parameters.mark_stack_entries).map_err(GcError::Reserve)?;
@@ -89,15 +96,32 @@ impl Core {
             collector: Mutex::new(stack),
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
+            looked_at: AtomicUsize::new(0),
             live_when_full: AtomicUsize::new(0),
             cycle: Cycle::default(),
             has_marker: AtomicBool::new(false),
             has_ready: AtomicBool::new(false),
+            generation: AtomicU32::new(fork::generation()),
         })
     }
 
     pub(crate) fn roots(&self) -> MutexGuard<'_, Roots> {
+        self.check_process();
         self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the process if it is a child that has no use of this heap (see [`fork`]).
+    #[inline]
+    pub(crate) fn check_process(&self) {
+        if self.is_foreign() {
+            fatal(fork::REFUSAL);
+        }
+    }
+
+    /// Whether this is a child of the process that made the heap, and cannot use it.
+    #[inline]
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.generation.load(Ordering::Relaxed) != fork::generation()
     }
 
     pub(crate) fn stats(&self) -> Stats {
@@ -134,15 +158,18 @@ impl Core {
 
     /// The thread allocates no more.
     pub(crate) fn give_back_buffers(&self, thread: &Thread) {
-        self.critically(thread, || {
-            for buffer in thread.buffers() {
-                let number = buffer.block.swap(NONE, Ordering::Relaxed);
-                if number != NONE {
-                    (self.space.block(number).owned).store(0, Ordering::Release);
-                }
-                buffer.end.store(0, Ordering::Relaxed);
+        self.critically(thread, || self.forget_buffers(thread));
+    }
+
+    /// As [`give_back_buffers`](Self::give_back_buffers), for a thread that is there no more.
+    pub(crate) fn forget_buffers(&self, thread: &Thread) {
+        for buffer in thread.buffers() {
+            let number = buffer.block.swap(NONE, Ordering::Relaxed);
+            if number != NONE {
+                (self.space.block(number).owned).store(0, Ordering::Release);
             }
-        });
+            buffer.end.store(0, Ordering::Relaxed);
+        }
     }
 
     #[cold]
@@ -164,7 +191,7 @@ impl Core {
     pub(crate) fn is_collection_due(&self) -> bool {
         if self.cycle.is_running() {
             let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
-            let most = live.max(self.parameters.least_allowance * 8);
+            let most = live.max(self.parameters.least_allowance * 16);
             return self.allocated.load(Ordering::Relaxed) >= most;
         }
         self.parameters.is_stressed
@@ -186,6 +213,7 @@ impl Core {
     }
 
     fn try_allocate(&self, thread: &Thread, kind: Kind, bytes: usize) -> Option<usize> {
+        self.check_process();
         let Some(class) = class_of(bytes) else {
             return self.allocate_large(kind, bytes);
         };
@@ -245,6 +273,7 @@ impl Core {
                 unsafe { clear(self.space.address_of(part), BLOCK) };
             }
         }
+        self.space.block(number).allocate_large();
         (self.allocated).fetch_add(blocks as usize * BLOCK, Ordering::Relaxed);
         Some(address)
     }
@@ -267,7 +296,11 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        let values = self.roots().take_droppable();
+        if self.is_foreign() {
+            // Other threads of the parent may have been at work on the values.
+            return;
+        }
+        let values = self.roots().close();
         for (object, drop) in values {
             // SAFETY: nobody can reach the object any more, and each is in the lists once.
             unsafe { drop(object) };
@@ -297,6 +330,15 @@ unsafe fn clear(address: usize, bytes: usize) {
 
 /// Ends the process where going on would lose objects.
 pub(crate) fn fatal(reason: &str) -> ! {
-    eprintln!("dune-gc: {reason}");
+    say(format_args!("{reason}"));
     std::process::abort()
+}
+
+/// A line on standard error, without a lock or an allocation: a stopped thread may be in the
+/// middle of either.
+pub(crate) fn say(text: core::fmt::Arguments<'_>) {
+    use std::io::Write as _;
+    // SAFETY: the descriptor is used for as long as the line takes, and not closed.
+    let file = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(2) };
+    let _ = core::mem::ManuallyDrop::new(file).write_fmt(format_args!("dune-gc: {text}\n"));
 }

@@ -92,3 +92,42 @@ fn each_image(visit: Visit<'_>) {
     // SAFETY: the callback gets what it expects.
     unsafe { libc::dl_iterate_phdr(Some(callback), (&raw mut visit).cast()) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        static OWN: Cell<usize> = const { Cell::new(1) };
+    }
+
+    fn own_variables_are_found() {
+        let address = OWN.with(|own| core::ptr::from_ref(own) as usize);
+        let (start, end) = thread_variables();
+        assert!(
+            (start..end).contains(&address),
+            "{address:#x} is not in {start:#x}..{end:#x}"
+        );
+        let local = 0_u8;
+        let (start, end) = stack().unwrap();
+        assert!((start..end).contains(&(&raw const local as usize)));
+    }
+
+    #[test]
+    fn a_threads_variables_and_stack_are_found() {
+        own_variables_are_found();
+        std::thread::spawn(own_variables_are_found).join().unwrap();
+    }
+
+    #[test]
+    fn the_programs_variables_are_found() {
+        static MUTABLE: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(7);
+        let address = &raw const MUTABLE as usize;
+        assert!(
+            variables()
+                .iter()
+                .any(|(start, end)| (*start..*end).contains(&address))
+        );
+    }
+}

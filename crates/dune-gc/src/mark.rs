@@ -3,8 +3,8 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::block::{Bitmap, Kind};
-use crate::layout::{BLOCK_PAGES, BLOCK_SHIFT, PAGE, PAGE_SHIFT, cell_at};
+use crate::block::{Bitmap, Block, Kind};
+use crate::layout::{BITMAP_WORDS, BLOCK_PAGES, BLOCK_SHIFT, PAGE, PAGE_SHIFT, cell_at};
 use crate::memory::Table;
 use crate::space::{Cell, Space};
 use crate::typed;
@@ -66,8 +66,14 @@ pub(crate) struct Marker<'a> {
     stack: &'a mut MarkStack,
     /// The set of bitmaps that it marks in.
     set: usize,
+    /// What every word needs of the space, without a detour.
+    start: usize,
+    blocks: &'a [Block],
+    marks: &'a [[AtomicU64; BITMAP_WORDS]],
     /// Pages that were looked at because they were dirty.
     pub(crate) pages_scanned: u64,
+    /// Bytes of marked objects in them.
+    pub(crate) bytes_scanned: usize,
 }
 
 impl<'a> Marker<'a> {
@@ -76,7 +82,11 @@ impl<'a> Marker<'a> {
             space,
             stack,
             set,
+            start: space.start(),
+            blocks: space.blocks(),
+            marks: space.bitmaps(set),
             pages_scanned: 0,
+            bytes_scanned: 0,
         }
     }
 
@@ -84,35 +94,40 @@ impl<'a> Marker<'a> {
     /// through it.
     #[inline]
     pub(crate) fn mark_word(&mut self, word: usize) {
-        let space = self.space;
-        let offset = word.wrapping_sub(space.start());
-        if offset >= space.used() {
+        let offset = word.wrapping_sub(self.start);
+        if offset < self.space.used() {
+            self.mark_offset(offset);
+        }
+    }
+
+    /// Marks the object that lies so many bytes from the start of the heap, if there is one.
+    #[inline]
+    fn mark_offset(&mut self, offset: usize) {
+        let number = offset >> BLOCK_SHIFT;
+        let (Some(block), Some(marks)) = (self.blocks.get(number), self.marks.get(number)) else {
             return;
-        }
-        let number = (offset >> BLOCK_SHIFT) as u32;
-        let block = space.block(number);
-        let kind = block.kind();
-        if matches!(kind, Kind::Free | Kind::Tail) || block.is_large() {
-            return self.mark_large(word);
-        }
+        };
+        let Some(kind) = block.kind_of_cells() else {
+            return self.mark_large(offset);
+        };
         let cell = cell_at(
             offset & ((1 << BLOCK_SHIFT) - 1),
             block.reciprocal.load(Ordering::Relaxed),
         );
-        let bitmap = space.bitmap(self.set, number);
-        if bitmap.get(cell) || cell >= block.cells.load(Ordering::Relaxed) {
-            return;
-        }
-        let at = Cell {
-            block: number,
-            cell,
-        };
-        if !space.is_allocated(at) {
+        let bitmap = Bitmap(marks);
+        // A cell beyond the last is not below the cursor, and never marked.
+        if bitmap.get(cell)
+            || (cell >= block.cursor.load(Ordering::Acquire)
+                && !self
+                    .space
+                    .bitmap(self.space.current(), number as u32)
+                    .get(cell))
+        {
             return;
         }
         bitmap.set(cell);
         let bytes = block.cell_bytes.load(Ordering::Relaxed) as usize;
-        let start = space.address_of(number) + cell as usize * bytes;
+        let start = self.start + (number << BLOCK_SHIFT) + cell as usize * bytes;
         match kind {
             Kind::Conservative => self.stack.push(start, start + bytes),
             Kind::Typed => self.stack.push(start, 0),
@@ -121,12 +136,20 @@ impl<'a> Marker<'a> {
     }
 
     #[cold]
-    fn mark_large(&mut self, word: usize) {
-        let Some(at) = self.space.cell_of(word) else {
+    #[inline(never)]
+    fn mark_large(&mut self, offset: usize) {
+        let Some(at) = self.space.cell_of(self.start + offset) else {
             return;
         };
         if self.space.is_allocated(at) && self.space.bitmap(self.set, at.block).set(at.cell) {
             self.push_object(at);
+        }
+    }
+
+    /// Keeps an object without what it points to.
+    pub(crate) fn keep(&mut self, object: usize) {
+        if let Some(at) = self.space.cell_of(object) {
+            self.bitmap(at.block).set(at.cell);
         }
     }
 
@@ -157,14 +180,20 @@ impl<'a> Marker<'a> {
     ///
     /// # Safety
     /// The memory is readable; others may write to it meanwhile.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn scan(&mut self, start: usize, end: usize) {
+        // What is put into use meanwhile is new, and marked as such.
+        let (heap, used) = (self.start, self.space.used());
         let mut at = start.next_multiple_of(WORD);
-        while at + WORD <= end {
+        let end = end & !(WORD - 1);
+        while at < end {
             // SAFETY: readable, by the caller's word, and aligned. An atomic, because the
             // program may write to it at the same time.
             let word = unsafe { AtomicUsize::from_ptr(at as *mut usize) }.load(Ordering::Relaxed);
-            self.mark_word(word);
+            let offset = word.wrapping_sub(heap);
+            if offset < used {
+                self.mark_offset(offset);
+            }
             at += WORD;
         }
     }
@@ -172,9 +201,7 @@ impl<'a> Marker<'a> {
     /// Looks through all that was marked and not looked at.
     pub(crate) fn drain(&mut self) {
         loop {
-            while let Some((start, end)) = self.stack.pop() {
-                self.look_through(start, end);
-            }
+            self.drain_stack();
             if !core::mem::take(&mut self.stack.overflowed) {
                 return;
             }
@@ -182,7 +209,7 @@ impl<'a> Marker<'a> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn look_through(&mut self, start: usize, end: usize) {
         if end == 0 {
             // SAFETY: an allocated cell of a block of typed objects.
@@ -214,9 +241,7 @@ impl<'a> Marker<'a> {
                     block: number,
                     cell,
                 });
-                while let Some((start, end)) = self.stack.pop() {
-                    self.look_through(start, end);
-                }
+                self.drain_stack();
                 cell = bitmap.next_set(cell + 1, cells);
             }
         }
@@ -267,25 +292,30 @@ impl<'a> Marker<'a> {
         let offset = (page % BLOCK_PAGES) * PAGE;
         let last = cell_at(offset + PAGE - 1, reciprocal).min(cells.saturating_sub(1));
         let bitmap = space.bitmap(self.set, number);
+        let is_typed = block.kind() == Kind::Typed;
         let mut cell = bitmap.next_set(cell_at(offset, reciprocal), last + 1);
         while cell <= last {
+            // Words are words: neighbours are looked at together.
+            let next = if is_typed {
+                cell + 1
+            } else {
+                bitmap.next_clear(cell, last + 1)
+            };
             let object = space.address_of(number) + cell as usize * bytes;
+            let end = space.address_of(number) + next as usize * bytes;
             let at = Cell {
                 block: number,
                 cell,
             };
-            self.scan_part(
-                at,
-                object,
-                object.max(start),
-                (object + bytes).min(start + PAGE),
-            );
-            cell = bitmap.next_set(cell + 1, last + 1);
+            self.scan_part(at, object, object.max(start), end.min(start + PAGE));
+            cell = bitmap.next_set(next, last + 1);
         }
     }
 
-    /// Looks at the part of a marked object that lies in a page.
+    /// Looks at the part of a marked object, or of some beside each other without types, that
+    /// lies in a page.
     fn scan_part(&mut self, at: Cell, object: usize, start: usize, end: usize) {
+        self.bytes_scanned += end.saturating_sub(start);
         match self.space.block(at.block).kind() {
             // SAFETY: words of an object in the heap.
             Kind::Conservative => unsafe { self.scan(start, end) },
@@ -297,6 +327,7 @@ impl<'a> Marker<'a> {
         self.drain_stack();
     }
 
+    #[inline(never)]
     fn drain_stack(&mut self) {
         while let Some((start, end)) = self.stack.pop() {
             self.look_through(start, end);

@@ -1,9 +1,12 @@
-//! Address space from the kernel: the heap itself and the tables beside it.
+//! Address space from the kernel: the heap itself and the tables beside it. Miri, which has no
+//! such kernel, takes both from its allocator.
 #![expect(unsafe_code, reason = "maps memory, and shows it as atomics")]
 
 use core::marker::PhantomData;
 use core::ops::Deref;
-use core::ptr::{self, NonNull};
+#[cfg(not(miri))]
+use core::ptr;
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 use std::io;
 
@@ -51,6 +54,9 @@ impl Reservation {
     /// Makes a part readable and writable; it is zero.
     pub(crate) fn commit(&self, offset: usize, bytes: usize) -> io::Result<()> {
         assert!(offset + bytes <= self.bytes, "beyond the reservation");
+        if cfg!(miri) {
+            return Ok(());
+        }
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: addresses of this mapping.
         let result = unsafe { libc::mprotect(self.at(offset), bytes, rights) };
@@ -65,6 +71,9 @@ impl Reservation {
     /// refuses, the memory stays, and `false` says so.
     pub(crate) fn discard(&self, offset: usize, bytes: usize) -> bool {
         assert!(offset + bytes <= self.bytes, "beyond the reservation");
+        if cfg!(miri) {
+            return false;
+        }
         // SAFETY: addresses of this mapping, whose contents the caller gives up.
         unsafe { libc::madvise(self.at(offset), bytes, libc::MADV_DONTNEED) == 0 }
     }
@@ -79,7 +88,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         // SAFETY: made by `new`; with the heap its users are gone.
-        unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapped_bytes) };
+        unsafe { unmap(self.mapping, self.mapped_bytes) };
     }
 }
 
@@ -139,11 +148,39 @@ impl<T: Zeroed> Drop for Table<T> {
     fn drop(&mut self) {
         let bytes = (self.len * size_of::<T>()).max(1);
         // SAFETY: made by `new`, and borrowed by nobody any more.
-        unsafe { libc::munmap(self.mapping.as_ptr().cast(), bytes) };
+        unsafe { unmap(self.mapping.cast(), bytes) };
     }
 }
 
+/// Gives it all back.
+///
+/// # Safety
+/// From [`map`], and not used any more.
+#[cfg(not(miri))]
+unsafe fn unmap(mapping: NonNull<u8>, bytes: usize) {
+    // SAFETY: as the caller says.
+    unsafe { libc::munmap(mapping.as_ptr().cast(), bytes) };
+}
+
+#[cfg(miri)]
+const PAGES: fn(usize) -> core::alloc::Layout =
+    |bytes| core::alloc::Layout::from_size_align(bytes, 4096).unwrap();
+
+#[cfg(miri)]
+unsafe fn unmap(mapping: NonNull<u8>, bytes: usize) {
+    // SAFETY: as the caller says.
+    unsafe { std::alloc::dealloc(mapping.as_ptr(), PAGES(bytes)) };
+}
+
+#[cfg(miri)]
+fn map(bytes: usize, _: libc::c_int) -> io::Result<NonNull<u8>> {
+    // SAFETY: not without bytes.
+    let memory = unsafe { std::alloc::alloc_zeroed(PAGES(bytes)) };
+    NonNull::new(memory).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
 /// Private anonymous memory, which counts against no limit before it is touched.
+#[cfg(not(miri))]
 fn map(bytes: usize, rights: libc::c_int) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: new memory, somewhere.

@@ -9,9 +9,13 @@ use crate::layout::{BITMAP_WORDS, BLOCK, BLOCK_PAGES, BLOCK_SHIFT, CLASSES, PAGE
 use crate::memory::{Reservation, Table};
 
 /// The smallest reservation that is worth a heap.
-const SMALLEST: usize = 64 << 20;
+const SMALLEST: usize = if cfg!(miri) { 1 << 20 } else { 64 << 20 };
 /// Blocks of the first segment, and the unit of all others.
-const SEGMENT_BLOCKS: u32 = (16 << 20 >> BLOCK_SHIFT) as u32;
+const SEGMENT_BLOCKS: u32 = if cfg!(miri) {
+    2
+} else {
+    (16 << 20 >> BLOCK_SHIFT) as u32
+};
 
 /// A cell of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +122,16 @@ impl Space {
     #[inline]
     pub(crate) fn block(&self, number: u32) -> &Block {
         &self.blocks[number as usize]
+    }
+
+    /// All blocks, of which [`used_blocks`](Self::used_blocks) are in use.
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The bitmaps of a set, by block.
+    pub(crate) fn bitmaps(&self, set: usize) -> &[[AtomicU64; BITMAP_WORDS]] {
+        &self.marks[set & 1]
     }
 
     #[inline]
@@ -262,8 +276,10 @@ impl Space {
             with_room
         } else {
             let number = lists.take_free(1)?;
-            self.block(number).make_small(kind, class);
+            // Before its kind says that it is in use: a marker beside the program must not take
+            // the marks of its last life for objects.
             self.clear_bitmaps(number);
+            self.block(number).make_small(kind, class);
             self.note_used(number, 1);
             number
         };
@@ -272,7 +288,8 @@ impl Space {
         Some(number)
     }
 
-    /// Takes blocks for a large object, whose memory is zero then.
+    /// Takes blocks for a large object. It is allocated once its memory is zero:
+    /// [`Block::allocate_large`].
     pub(crate) fn take_large(&self, lists: &mut Lists, kind: Kind, bytes: usize) -> Option<u32> {
         let blocks = u32::try_from(bytes.div_ceil(BLOCK)).ok()?.max(1);
         let first = lists.take_free(blocks)?;
@@ -297,6 +314,7 @@ impl Space {
     }
 
     pub(crate) fn touch(&self, lists: &mut Lists, number: u32) {
+        self.block(number).listed.store(1, Ordering::Relaxed);
         (self.block(number).next).store(lists.touched, Ordering::Relaxed);
         lists.touched = number;
     }
@@ -305,6 +323,7 @@ impl Space {
     pub(crate) fn give_room(&self, lists: &mut Lists, number: u32) {
         let block = self.block(number);
         let class = block.class() as usize;
+        block.listed.store(1, Ordering::Relaxed);
         let head = &mut lists.room[block.kind().index()][class];
         block.next.store(*head, Ordering::Relaxed);
         *head = number;

@@ -45,7 +45,7 @@ impl Buffer {
     }
 }
 
-const ROW: [Buffer; CLASSES] = {
+const fn row() -> [Buffer; CLASSES] {
     let mut row = [const { Buffer::new(0) }; CLASSES];
     let mut class = 0;
     while class < CLASSES {
@@ -53,7 +53,7 @@ const ROW: [Buffer; CLASSES] = {
         class += 1;
     }
     row
-};
+}
 
 /// The thread runs, and may use the heap.
 pub(crate) const RUNNING: u32 = 0;
@@ -74,26 +74,36 @@ pub(crate) struct Thread {
     pub(crate) safe_depth: AtomicU32,
     /// Where the part of its stack begins that is in use, while it is safe.
     pub(crate) stack_pointer: AtomicUsize,
-    /// The end of its stack.
-    pub(crate) stack_end: AtomicUsize,
+    /// The lowest address and the end of its stack.
+    pub(crate) stack: [AtomicUsize; 2],
     /// Its thread-local variables, from and to.
     pub(crate) tls: [AtomicUsize; 2],
-    /// Whom to signal; 0 where the thread stops by itself.
+    /// Whom to signal, and to name.
     pub(crate) tid: AtomicI32,
 }
 
 impl Thread {
     pub(crate) const fn new() -> Self {
         Self {
-            buffers: [ROW, ROW, ROW],
+            buffers: [row(), row(), row()],
             state: AtomicU32::new(RUNNING),
             is_critical: AtomicBool::new(false),
             safe_depth: AtomicU32::new(0),
             stack_pointer: AtomicUsize::new(0),
-            stack_end: AtomicUsize::new(0),
+            stack: [const { AtomicUsize::new(0) }; 2],
             tls: [const { AtomicUsize::new(0) }; 2],
             tid: AtomicI32::new(0),
         }
+    }
+
+    /// The end of its stack.
+    pub(crate) fn stack_end(&self) -> usize {
+        self.stack[1].load(Ordering::Relaxed)
+    }
+
+    /// Whether an address is in its stack.
+    pub(crate) fn is_on_stack(&self, address: usize) -> bool {
+        (self.stack[0].load(Ordering::Relaxed)..self.stack_end()).contains(&address)
     }
 
     pub(crate) fn buffers(&self) -> impl Iterator<Item = &Buffer> {

@@ -13,6 +13,17 @@ pub(crate) struct TypeInfo {
     pub(crate) trace: unsafe fn(usize, usize, usize, &mut Marker<'_>),
 }
 
+/// Takes the description away: the object is not looked through any more.
+///
+/// # Safety
+/// An allocated cell of a block of typed objects.
+pub(crate) unsafe fn forget(object: usize) {
+    let header = object as *mut *mut TypeInfo;
+    // SAFETY: the first word of a typed object, aligned as all objects are.
+    let header = unsafe { AtomicPtr::from_ptr(header) };
+    header.store(core::ptr::null_mut(), Ordering::Release);
+}
+
 /// Looks through an object.
 ///
 /// # Safety

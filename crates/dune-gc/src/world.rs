@@ -16,8 +16,14 @@
 use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::thread::{RUNNING, SAFE, Thread};
+
+/// After so long without an arrival, threads that run are asked to stop once more.
+const AGAIN: Duration = Duration::from_millis(5);
+/// After so long, it is said for whom the world waits.
+const LONG: Duration = Duration::from_secs(10);
 
 /// The threads of a heap. See the module documentation.
 #[derive(Debug, Default)]
@@ -112,18 +118,24 @@ impl World {
             thread.safe_depth.store(depth - 1, Ordering::Relaxed);
             return;
         }
+        let stack_pointer = thread.stack_pointer.load(Ordering::Relaxed);
         loop {
+            // In this order: a signal that arrives as soon as the thread is RUNNING must stop
+            // it, and it does only if the depth is 0 by then.
+            thread.safe_depth.store(0, Ordering::SeqCst);
             thread.state.store(RUNNING, Ordering::SeqCst);
             let stops = self.stops.load(Ordering::SeqCst);
             if stops & 1 == 0 {
                 break;
             }
+            thread.safe_depth.store(1, Ordering::SeqCst);
+            // A stop by a signal meanwhile has left its own here.
+            thread.stack_pointer.store(stack_pointer, Ordering::SeqCst);
             thread.state.store(SAFE, Ordering::SeqCst);
             self.arrivals.fetch_add(1, Ordering::SeqCst);
             wake(&self.arrivals);
-            wait(&self.stops, stops);
+            wait(&self.stops, stops, None);
         }
-        thread.safe_depth.store(0, Ordering::Relaxed);
     }
 
     /// Stops every thread. The caller is none of them, or SAFE. `signal` is sent to threads
@@ -132,21 +144,25 @@ impl World {
         let threads = self.lock();
         self.stops.fetch_add(1, Ordering::SeqCst);
         for thread in threads.iter() {
-            if thread.state.load(Ordering::SeqCst) == RUNNING
-                && let Some(signal) = signal
-            {
-                let tid = thread.tid.load(Ordering::Relaxed);
-                // SAFETY: sends a signal for which a handler is installed.
-                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
-            }
+            interrupt(thread, signal);
         }
+        let begin = Instant::now();
+        let mut has_complained = false;
         for thread in threads.iter() {
             loop {
                 let arrivals = self.arrivals.load(Ordering::SeqCst);
                 if thread.state.load(Ordering::SeqCst) == SAFE {
                     break;
                 }
-                wait(&self.arrivals, arrivals);
+                if wait(&self.arrivals, arrivals, Some(AGAIN)) {
+                    continue;
+                }
+                // Where the signal found the thread unable to stop: once more.
+                interrupt(thread, signal);
+                if !has_complained && begin.elapsed() > LONG {
+                    has_complained = true;
+                    complain(thread, signal);
+                }
             }
         }
         Stopped {
@@ -154,6 +170,36 @@ impl World {
             threads,
         }
     }
+
+    /// Holds the list of threads, so that a `fork` finds it whole.
+    pub(crate) fn hold(&self) -> MutexGuard<'_, Vec<Arc<Thread>>> {
+        self.lock()
+    }
+}
+
+/// Asks a thread that runs to stop.
+fn interrupt(thread: &Thread, signal: Option<i32>) {
+    if thread.state.load(Ordering::SeqCst) == RUNNING
+        && let Some(signal) = signal
+    {
+        let tid = thread.tid.load(Ordering::Relaxed);
+        // SAFETY: has no conditions.
+        let process = unsafe { libc::getpid() };
+        // SAFETY: sends a signal for which a handler is installed.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) };
+    }
+}
+
+#[cold]
+fn complain(thread: &Thread, signal: Option<i32>) {
+    let tid = thread.tid.load(Ordering::Relaxed);
+    let remedy = match signal {
+        Some(_) => "it must not block the signal that stops it, nor stay on another stack",
+        None => "call `safepoint` more often, and wait for things within `blocking`",
+    };
+    crate::heap::say(format_args!(
+        "all threads wait for a collection, and it waits for thread {tid}: {remedy}"
+    ));
 }
 
 impl Stopped<'_> {
@@ -169,13 +215,19 @@ impl Drop for Stopped<'_> {
     }
 }
 
-/// Waits while the word has this value. May return early.
-fn wait(word: &AtomicU32, value: u32) {
+/// Waits while the word has this value. May return early; `false` if the time was over.
+fn wait(word: &AtomicU32, value: u32, limit: Option<Duration>) -> bool {
     let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
-    let no_limit = ptr::null::<libc::timespec>();
-    // SAFETY: the word outlives the call. `errno` is put back by callers that run in signal
-    // handlers.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, no_limit) };
+    let limit = limit.map(|limit| libc::timespec {
+        tv_sec: limit.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(limit.subsec_nanos()),
+    });
+    let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: word and limit outlive the call. `errno` is put back by callers that run in
+    // signal handlers.
+    let result = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, limit) };
+    // Another value at the start is a change too; this reads `errno` through the library.
+    result == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ETIMEDOUT)
 }
 
 fn wake(word: &AtomicU32) {
@@ -184,8 +236,15 @@ fn wake(word: &AtomicU32) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, i32::MAX) };
 }
 
+/// Miri has no assembly, and reaches no heap that looks at stacks.
+#[cfg(miri)]
+fn with_registers_on_stack(body: &mut dyn FnMut(usize)) {
+    body(0);
+}
+
 /// Calls a function with the stack pointer, after the registers that a function keeps for its
 /// caller were pushed above it.
+#[cfg(not(miri))]
 fn with_registers_on_stack(body: &mut dyn FnMut(usize)) {
     extern "C" fn trampoline(body: *mut &mut dyn FnMut(usize), stack_pointer: usize) {
         // SAFETY: the pointer that is passed below, to a live local.
@@ -198,6 +257,7 @@ fn with_registers_on_stack(body: &mut dyn FnMut(usize)) {
 }
 
 /// Pushes the callee-saved registers and calls `function(body, rsp)`.
+#[cfg(not(miri))]
 #[unsafe(naked)]
 extern "C" fn spill_and_call(
     body: *mut &mut dyn FnMut(usize),

@@ -91,6 +91,9 @@ pub mod nr {
     pub const RT_TGSIGQUEUEINFO: usize = 297;
     pub const PROCESS_VM_READV: usize = 310;
     pub const PROCESS_VM_WRITEV: usize = 311;
+    pub const GETRANDOM: usize = 318;
+    pub const PKEY_MPROTECT: usize = 329;
+    pub const PKEY_ALLOC: usize = 330;
     pub const RSEQ: usize = 334;
     pub const CLONE3: usize = 435;
     pub const CLOSE_RANGE: usize = 436;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dune_loader::{ImageError, find_command};
 
 use crate::calls::segment::Segment;
+use crate::clock;
 use crate::confine::{self, ConfineError, SecondWall};
 use crate::debug::Debugger;
 use crate::engine::{Engine, EngineError};
@@ -239,6 +240,22 @@ impl Command {
         self
     }
 
+    /// Hands pointers of forwarded calls to the kernel unchecked from now on, to
+    /// test that the wall of protection keys holds by itself.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_pointer_checks() {
+        crate::peel::skip_pointer_checks();
+    }
+
+    /// Makes calls as if there were no protection keys from now on, to test
+    /// that it is they that hold. Before there is an engine.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub fn without_wall() {
+        crate::peel::skip_wall();
+    }
+
     /// Sets `argv[0]`, which otherwise is the program as given.
     #[must_use]
     pub fn arg0(mut self, name: impl AsRef<OsStr>) -> Self {
@@ -365,7 +382,7 @@ impl Command {
     /// # Errors
     ///
     /// If it cannot be started, or the engine fails.
-    pub fn run(self, engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
+    pub fn run(self, mut engine: Box<dyn Engine>) -> Result<Outcome, RunError> {
         check_user_space_is_free()?;
         let policy = self.policy.from_here();
         // First, so that relative paths of the program are seen from there.
@@ -409,7 +426,11 @@ impl Command {
         })?;
         signal::record::choose_token(token);
         let signals = ThreadSignals::inherited();
+        // What ring 3 reads there is no memory of its own, to be counted.
+        let is_sampled = self.sampler.is_some();
+        let shows_clock = !is_sampled && clock::is_shown_by(engine.as_mut());
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.program.set_shows_clock(shows_clock);
         guard.program.set_handlers(self.handlers);
         if let Some(tracer) = self.tracer {
             guard.program.set_tracer(tracer);

@@ -14,13 +14,15 @@ use std::sync::Arc;
 
 use linux_raw_sys::general::{__NR_kill, __NR_tgkill, __NR_tkill};
 
+use crate::bounce::Bounce;
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
 use crate::calls::segment::Segment;
 use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::clock;
 use crate::crash::Crash;
 use crate::debug::hook::Event;
-use crate::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
+use crate::engine::{Access, Engine, EngineError, PageFaultError, Passage, Trap, UserState};
 use crate::handler::Request;
 use crate::host::{Errno, SysResult};
 use crate::policy::enforced::Enforced;
@@ -88,6 +90,8 @@ pub struct Guard {
     pub(crate) engine: Box<dyn Engine>,
     pub(crate) signals: ThreadSignals,
     pub(crate) strings: Strings,
+    /// What the kernel gets to see of the guard.
+    pub(crate) bounce: Bounce,
     /// What the call in hand holds, until it is done.
     pub(crate) pins: RefCell<Vec<Pin>>,
     /// The thread's id, the same for the program and the host.
@@ -120,6 +124,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         // The byte goes with the engine.
         record::set_kick(None);
+        record::set_passage(Passage::Open);
     }
 }
 
@@ -142,11 +147,13 @@ impl Guard {
         signals: ThreadSignals,
     ) -> Self {
         record::set_kick(Some(engine.kick_byte()));
+        record::set_passage(engine.passage());
         Self {
             program,
             engine,
             signals,
             strings: Strings::default(),
+            bounce: Bounce::default(),
             pins: RefCell::default(),
             tid: thread_id(),
             clear_child_tid: 0,
@@ -394,7 +401,9 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
-        if let Some(resume) = self.look_for_marker(trap, user)? {
+        if self.program.served().is_some()
+            && let Some(resume) = self.look_for_marker(trap, user)?
+        {
             return Ok(resume);
         }
         let resume = match trap {
@@ -634,6 +643,15 @@ impl Guard {
         let mapped = match area {
             Some(area) => {
                 let access = effective(area.attributes.access);
+                if access.contains(needed)
+                    && let Some(offset) = clock::offset_of(&memory, area)
+                    && let Some(clock) = clock::host()
+                {
+                    if let Err(error) = self.engine.admit_clock(area.range, clock.data + offset) {
+                        self.engine_failed(error);
+                    }
+                    return Resume::Continue;
+                }
                 if access.contains(needed) {
                     let pid = program.pid();
                     let Ok(what) = memory.admissible(pid, addr, area, needed) else {

@@ -133,6 +133,17 @@ pub(crate) const fn decode(rax: u64) -> SysResult {
 /// owns exclusively, or user memory as told by [`crate::range::UserRange`]),
 /// and no descriptor that somebody owns is closed.
 pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
+    // SAFETY: as the caller says.
+    decode(unsafe { raw_syscall(nr.into(), args) })
+}
+
+/// As [`syscall`], with the whole register: its upper half is for the Dune
+/// runtime ([`dune::WALLED`]). Returns it as the kernel leaves it.
+///
+/// # Safety
+///
+/// As [`syscall`].
+pub(crate) unsafe fn raw_syscall(nr: u64, args: [u64; 6]) -> u64 {
     let rax: u64;
     // SAFETY: the instruction itself clobbers rax, rcx and r11 only; what the
     // kernel does to memory is the caller's promise. `nostack` is left out on
@@ -140,7 +151,7 @@ pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
     unsafe {
         asm!(
             "syscall",
-            inlateout("rax") u64::from(nr) => rax,
+            inlateout("rax") nr => rax,
             in("rdi") args[0],
             in("rsi") args[1],
             in("rdx") args[2],
@@ -151,7 +162,7 @@ pub unsafe fn syscall(nr: u32, args: [u64; 6]) -> SysResult {
             lateout("r11") _,
         );
     }
-    decode(rax)
+    rax
 }
 
 /// Closes a descriptor that is nobody's any more.

@@ -32,6 +32,7 @@ use crate::calls::fork::finish_vfork;
 use crate::calls::memory::{Space, map_anonymous, map_file, set_access, unmap};
 use crate::calls::process::settle_identity;
 use crate::calls::{Answer, fd, forward_always, own, own_mut, procfs};
+use crate::clock::{self, HostClock};
 use crate::engine::{Access, UserState};
 use crate::guard::{End, Guard, leave_process};
 use crate::host::Errno;
@@ -144,7 +145,11 @@ pub(crate) fn prepare(
             source: errno.into(),
         })
     };
-    let [exe_random, stack_random, ..] = random("random numbers")?;
+    let [exe_random, stack_random, ..] = if guard.program.process().is_randomized() {
+        random("random numbers")?
+    } else {
+        Default::default()
+    };
 
     let stack_len = match stack_limit {
         u64::MAX => STACK_DEFAULT,
@@ -155,7 +160,8 @@ pub(crate) fn prepare(
         what: "the stack",
         errno: Errno::ENOMEM,
     })?;
-    let mmap_top = stack_range.start() - STACK_GAP;
+    let clock = clock::host().filter(|_| guard.program.shows_clock());
+    let mmap_top = stack_range.start() - STACK_GAP - clock.map_or(0, HostClock::len);
 
     let layout = Layout {
         exe_base: addr(EXE_BASE + (exe_random % EXE_SPREAD) * PAGE_SIZE)?,
@@ -180,7 +186,9 @@ pub(crate) fn prepare(
             ids: Ids::of_this_process(),
             machine,
             random: secret,
-            vdso: None,
+            vdso: clock
+                .map(|clock| addr(mmap_top + clock.data_len))
+                .transpose()?,
         },
     }
     .build()
@@ -192,6 +200,7 @@ pub(crate) fn prepare(
         heap_start,
         heap_end: heap_start,
         mmap_top,
+        clock: clock.map_or(0, |_| mmap_top),
     };
     let Program {
         filename,
@@ -256,6 +265,11 @@ impl Prepared {
             .memory()
             .write(self.stack.sp.get(), &self.stack.bytes)
             .map_err(failed("the stack"))?;
+        if self.space.clock != 0
+            && let Some(clock) = clock::host()
+        {
+            clock::map(guard, clock, self.space.clock).map_err(failed("the vDSO"))?;
+        }
 
         guard.program.memory_mut().space = self.space;
         let block = |range: dune_loader::UserRange| (range.start().get(), range.end().get());

@@ -37,10 +37,11 @@
 //! - System V shared memory (but what [`Command::segment`] gives), semaphores and queues, POSIX queues, `io_uring`,
 //!   `vmsplice`, and sockets of other families than unix, inet and (for
 //!   questions about interfaces and routes) netlink.
-//! - A vDSO: clocks are system calls.
 //! - 32-bit system calls (`int 0x80`) raise SIGSEGV.
 
+mod bounce;
 mod calls;
+mod clock;
 pub mod command;
 pub mod confine;
 pub mod crash;
@@ -50,6 +51,7 @@ pub mod guard;
 pub mod handler;
 pub mod host;
 pub mod launch;
+mod peel;
 pub mod policy;
 pub mod program;
 pub mod range;

@@ -239,6 +239,8 @@ pub(crate) struct Program {
     /// How a debugger stops threads, if there is one; set before the first
     /// runs.
     debugger: OnceLock<Arc<Control>>,
+    /// Whether programs get a vDSO here.
+    shows_clock: AtomicBool,
 }
 
 impl Program {
@@ -261,6 +263,7 @@ impl Program {
             single: AtomicBool::new(true),
             journaling: AtomicBool::new(false),
             in_snapshot: AtomicBool::new(false),
+            shows_clock: AtomicBool::new(false),
             served: None,
             debugger: OnceLock::new(),
             threads: Threads::default(),
@@ -389,6 +392,19 @@ impl Program {
     /// In the child of a `fork`: how one stops the parent's.
     pub(crate) fn control_of_parent(&self) -> Option<&Arc<Control>> {
         self.debugger.get()
+    }
+
+    /// Whether programs get a vDSO here; not where their calls are to be seen, nor where
+    /// their memory may be saved and be resumed elsewhere.
+    pub(crate) fn shows_clock(&self) -> bool {
+        self.shows_clock.load(Ordering::Relaxed)
+            && self.lets_calls_pass_unseen()
+            && self.served.is_none()
+    }
+
+    /// Sets what the engine can do; before the first program.
+    pub(crate) fn set_shows_clock(&self, shown: bool) {
+        self.shows_clock.store(shown, Ordering::Relaxed);
     }
 
     /// The process's id, the same for the program and the host.

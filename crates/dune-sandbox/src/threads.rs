@@ -138,6 +138,13 @@ impl Threads {
         self.lock().members.contains_key(&tid)
     }
 
+    /// Threads of the process `pid` as Linux counts them: with the first one, even if
+    /// it has left.
+    pub(crate) fn count(&self, pid: u32) -> usize {
+        let state = self.lock();
+        state.members.len() + usize::from(!state.members.contains_key(&pid))
+    }
+
     /// Changes what a thread is known by.
     pub(crate) fn update(&self, tid: u32, change: impl FnOnce(&mut Member)) {
         if let Some(member) = self.lock().members.get_mut(&tid) {

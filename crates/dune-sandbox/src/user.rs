@@ -26,6 +26,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::engine::Access;
 use crate::host::{Errno, syscall};
+use crate::peel::checks_pointers;
 use crate::program::Memory;
 use crate::range::{PAGE_SIZE, PageRange, UserRange};
 use crate::vma::{Backing, Sharing};
@@ -224,9 +225,12 @@ impl<'a> UserMemory<'a> {
             if vec.len == 0 {
                 vec.base = 0;
             } else {
-                let range = UserRange::new(vec.base, vec.len).ok_or(Errno::EFAULT)?;
-                // They may be for reading into.
-                self.lock().note_write(self.pid, range)?;
+                match UserRange::new(vec.base, vec.len) {
+                    // They may be for reading into.
+                    Some(range) => self.lock().note_write(self.pid, range)?,
+                    None if checks_pointers() => return Err(Errno::EFAULT),
+                    None => {}
+                }
             }
         }
         Ok(vecs)

@@ -26,6 +26,8 @@ pub enum Backing {
     Stack,
     /// A file, which anybody may truncate at any time.
     File,
+    /// The kernel's data for clocks (`clock`).
+    Clock,
 }
 
 /// Whether stores are seen by others.

@@ -78,7 +78,7 @@ impl Bytes {
         }
         match (attributes.sharing, attributes.backing) {
             (Sharing::Shared, _) => &mut self.shared,
-            (_, Backing::File) => &mut self.file,
+            (_, Backing::File | Backing::Clock) => &mut self.file,
             (_, Backing::Heap) => &mut self.heap,
             (_, Backing::Stack) => &mut self.stack,
             (_, Backing::Anonymous) => &mut self.anonymous,

@@ -10,11 +10,13 @@
     reason = "an attack is a sequence of calls with one reason for all"
 )]
 
+#[path = "attack_parts/stage.rs"]
+mod stage;
+
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use dune_sandbox::engine::on_host::OnHost;
 use libc::{c_int, c_long, c_void, siginfo_t};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -48,35 +50,53 @@ fn attacks() -> Vec<(&'static str, Attack, Option<c_int>)> {
 }
 
 fn main() -> ExitCode {
+    part().unwrap_or_else(harness)
+}
+
+/// The part that this process was started for.
+pub(crate) fn part() -> Option<ExitCode> {
     let name = std::env::args().nth(1).unwrap_or_default();
     match std::env::var(ROLE).as_deref() {
-        Ok("sandbox") => sandbox(),
-        Ok("attack") => match attacks().into_iter().find(|(other, ..)| *other == name) {
-            Some((_, attack, _)) => {
-                attack();
-                ExitCode::from(REFUSED as u8)
-            }
-            None => after_execve(&name),
-        },
-        _ => harness(),
+        Ok("sandbox") => Some(sandbox()),
+        Ok("attack") => Some(
+            match attacks().into_iter().find(|(other, ..)| *other == name) {
+                Some((_, attack, _)) => {
+                    attack();
+                    ExitCode::from(REFUSED as u8)
+                }
+                None => after_execve(&name),
+            },
+        ),
+        _ => None,
     }
+}
+
+/// The names of all attacks.
+pub(crate) fn names() -> Vec<&'static str> {
+    attacks().into_iter().map(|(name, ..)| name).collect()
 }
 
 fn harness() -> ExitCode {
     let report = dune_kvm::probe::probe();
     let no_kvm = report.natural_placement() == dune_kvm::probe::Placement::Lab;
-    let trials = attacks()
+    let trials = names()
         .into_iter()
-        .map(|(name, _, signal)| {
-            Trial::test(name, move || check(name, signal)).with_ignored_flag(no_kvm)
-        })
+        .map(|name| Trial::test(name, move || fails(name, &[])).with_ignored_flag(no_kvm))
         .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn check(name: &str, signal: Option<c_int>) -> Result<(), Failed> {
+/// Whether an attack fails, as it must, on the stage that `environment` sets.
+pub(crate) fn fails(name: &str, environment: &[(&str, &str)]) -> Result<(), Failed> {
+    let attack = attacks().into_iter().find(|(other, ..)| *other == name);
+    let (_, _, signal) = attack.ok_or("there is no such attack")?;
+    check(name, signal, environment)
+}
+
+fn check(name: &str, signal: Option<c_int>, environment: &[(&str, &str)]) -> Result<(), Failed> {
     let output = Command::new(std::env::current_exe()?)
         .env(ROLE, "sandbox")
+        .envs(environment.iter().copied())
         .arg(name)
         .stdin(Stdio::null())
         .output()?;
@@ -98,7 +118,7 @@ fn sandbox() -> ExitCode {
         let command = dune_sandbox::Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
             .env(ROLE, "attack");
-        Ok(command.run(Box::new(OnHost::new()?))?)
+        Ok(command.run(stage::engine()?)?)
     };
     match run() {
         Ok(outcome) => outcome.end.leave(),

@@ -326,6 +326,43 @@ fn a_fault_outside_every_area_is_reported() {
     assert_eq!(program.syscall(), 1);
 }
 
+/// A program that uses memory at ever other places, and gives it up, does not use up the
+/// memory slots; and a slot's second place shows nothing of its first.
+#[test]
+fn windows_over_memory_that_is_gone_are_taken_back() {
+    const FIRST: u64 = 0x100_0000_0000;
+    const WINDOW: u64 = 64 << 20;
+    const ROUNDS: u64 = 1000;
+    let mut program = Program::new(exchange());
+    let before = program.engine.holdings();
+    let mut most = 0;
+    for round in 0..ROUNDS {
+        let at = FIRST + round * WINDOW;
+        mmap(at, PAGE, PROT_READ_WRITE);
+        program
+            .areas
+            .push((range(at, PAGE), Access::READ | Access::WRITE));
+        program.user.regs.rip = CODE;
+        program.user.regs.rdi = at;
+        program.user.regs.rsi = round + 1;
+        assert_eq!(program.syscall(), 0, "{round}: what was there before");
+        assert_eq!(peek(at), round + 1);
+        // The memory that stays is as it was.
+        program.user.regs.rip = CODE;
+        program.user.regs.rdi = DATA;
+        program.user.regs.rsi = round + 1;
+        assert_eq!(program.syscall(), round);
+        program.engine.revoke(range(at, PAGE)).unwrap();
+        munmap(at, PAGE);
+        program.areas.pop();
+        most = most.max(program.engine.holdings().slots);
+    }
+    assert!(most < before.slots + ROUNDS as usize / 3, "{most} slots");
+    assert_eq!(program.engine.holdings().vcpus, before.vcpus);
+}
+
+program!(exchange, "mov rax, [rdi]", "mov [rdi], rsi", "syscall");
+
 #[test]
 fn the_guards_pages_cannot_be_written() {
     let mut program = Program::new(touch());

@@ -38,11 +38,25 @@ fn processes() {
     tasks::in_guest(&[
         "a_tree_of_forks",
         "fork_copies_memory",
+        "clocks_agree",
+        "clock_data_are_the_kernels",
         "fork_beside_threads",
         "threads_in_a_child",
         "children_end_by_signals",
         "children_tell_their_end",
         "stopped_and_continued",
+    ]);
+}
+
+fn features() {
+    tasks::in_guest(&[
+        "shared_memory",
+        "remapped_memory",
+        "advised_memory",
+        "memory_files",
+        "views_of_oneself",
+        "thread_identities",
+        "refused_cleanly",
     ]);
 }
 
@@ -57,7 +71,7 @@ fn vfork_and_spawn() {
 }
 
 fn shells() {
-    tasks::in_guest(&["bash_pipes", "python_processes"]);
+    tasks::in_guest(&["bash_pipes", "bash_jobs_and_traps", "python_processes"]);
 }
 
 fn main() -> ExitCode {
@@ -66,6 +80,7 @@ fn main() -> ExitCode {
         ring0 signals_and_threads, timeout 200,
         ring0 races, timeout 300,
         ring0 processes, timeout 200,
+        ring0 features, timeout 200,
         ring0 vfork_and_spawn, timeout 200,
         ring0 shells, timeout 300,
     };

@@ -381,6 +381,10 @@ fn nothing_that_the_guard_put_there_is_left_for_the_next_run() {
     const TOP: u64 = 0x1000_0020_0000;
     let search = |()| secret_bytes(TOP - 32_000, 32_000);
     for _ in 0..3 {
+        // A new one, whose pages were not written to yet.
+        let mut new = Compartment::builder().build().unwrap();
+        new.run(|_: [u8; 600]| (), [SECRET_BYTE; 600]).unwrap();
+        assert_eq!(new.run(search, ()).unwrap(), 0);
         compartment
             .run(|_: [u8; 600]| (), [SECRET_BYTE; 600])
             .unwrap();

@@ -565,7 +565,7 @@ fn reading_past_a_buffer_ends_at_the_heap() {
             let buffer = Box::leak(Box::new([0_u8; 16])).as_ptr();
             // SAFETY: as above.
             let byte = |n| unsafe { buffer.wrapping_add(n).read_volatile() };
-            (0..).map(|n| u64::from(byte(n))).sum::<u64>()
+            (0..usize::MAX).map(|n| u64::from(byte(n))).sum::<u64>()
         },
         (),
     );

@@ -320,3 +320,10 @@ pub fn extended_features() -> Option<(u64, usize)> {
 pub fn windows() -> usize {
     Machine::get().map_or(0, |machine| machine.vm().windows().len())
 }
+
+/// How many virtual CPUs this process has: one for each thread that is in Dune mode, and those
+/// kept for the next threads.
+#[must_use]
+pub fn vcpus() -> usize {
+    crate::thread::ThreadArea::descriptors().count()
+}

@@ -94,6 +94,8 @@ pub fn enter_with(options: &Options) -> Result<(), EnterError> {
 fn own_area(machine: &Machine) -> Result<*mut ThreadArea, EnterError> {
     // A thread that is ending, and has destroyed the variable, gets an area for one passage.
     if let Ok(Some(area)) = OWN.try_with(Own::get) {
+        // SAFETY: the area is this thread's.
+        unsafe { &mut *area }.stand_behind_wall()?;
         return Ok(area);
     }
     let (area, _) = ThreadArea::acquire(machine)?;

@@ -60,6 +60,14 @@ pub(crate) fn unregister() -> (usize, u32) {
     }
 }
 
+/// Takes the calling thread's registration for restartable sequences back, for good, where
+/// libc has made one: for native threads with which the host kernel must not meddle. libc does
+/// without them.
+pub fn forgo_restartable_sequences() {
+    prepare();
+    let _ = unregister();
+}
+
 /// Registers an area again.
 pub(crate) fn register((area, size): (usize, u32)) {
     if area != 0 {

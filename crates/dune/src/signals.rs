@@ -21,9 +21,10 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use dune_kvm::sys::{self, Errno, nr};
+use dune_kvm::wall::Wall;
 
 use crate::arch;
-use crate::host::signals::host_handler;
+use crate::host::signals::{host_handler, walled_host_handler};
 
 pub(crate) const SIG_DFL: u64 = 0;
 pub(crate) const SIG_IGN: u64 = 1;
@@ -272,7 +273,7 @@ pub(crate) fn install(signal: u32, action: KernelAction) -> Result<(), Errno> {
     let installed = if action.is_handler() {
         const KEPT: u64 = SA_NOCLDSTOP | SA_NOCLDWAIT | SA_RESTART | SA_ONSTACK;
         KernelAction {
-            handler: host_handler as *const () as u64,
+            handler: the_handler(),
             flags: (action.flags & KEPT) | SA_SIGINFO | SA_RESTORER,
             restorer: arch::address(arch::dune_restorer),
             mask: u64::MAX,
@@ -297,6 +298,15 @@ pub(crate) fn install(signal: u32, action: KernelAction) -> Result<(), Errno> {
     .map(drop)
 }
 
+/// The one handler that the kernel knows.
+fn the_handler() -> u64 {
+    if Wall::get().is_some() {
+        walled_host_handler as *const () as u64
+    } else {
+        host_handler as *const () as u64
+    }
+}
+
 /// Takes over the handlers that the program has installed outside Dune mode so far.
 ///
 /// Called at the first entry. A program that calls `sigaction` outside Dune mode after that
@@ -306,7 +316,12 @@ pub fn adopt_handlers() {
         let Ok(action) = kernel_action(signal) else {
             continue;
         };
+        if action.handler == the_handler() {
+            continue;
+        }
         if action.handler == host_handler as *const () as u64 {
+            // Installed before there was a wall.
+            let _ = install(signal, PROCESS_SIGNALS.get(signal));
             continue;
         }
         PROCESS_SIGNALS.set(signal, action);

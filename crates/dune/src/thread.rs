@@ -24,6 +24,7 @@ use core::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering}
 
 use dune_kvm::sys::{self, Errno};
 use dune_kvm::vcpu::{SystemTables, Vcpu};
+use dune_kvm::wall::{Stack, Wall};
 use dune_x86::descriptors::{GDT_ENTRIES, TaskState, global_descriptor_table};
 
 use crate::arch;
@@ -106,6 +107,8 @@ pub(crate) struct ThreadArea {
     /// The rseq area that was registered before entry, and its size; 0 for none.
     pub(crate) rseq: (usize, u32),
     pub(crate) flush_page: *mut u8,
+    /// Where the kernel puts signal frames during a call behind the wall, if there is one.
+    pub(crate) wall_stack: Option<Stack>,
     /// Signal mask with which a new thread starts.
     pub(crate) start_mask: u64,
     /// The address space that ring 3 runs in on this vCPU: its PCID plus one, or 0.
@@ -212,6 +215,7 @@ impl ThreadArea {
             freed_by_parent: false,
             rseq: (0, 0),
             flush_page,
+            wall_stack: None,
             start_mask: 0,
             running_pcid: AtomicU32::new(0),
             valid_pcids: ValidPcids::new(),
@@ -228,6 +232,26 @@ impl ThreadArea {
     ///
     /// Runs on either side, allocates by raw system calls only.
     pub(crate) fn acquire(machine: &Machine) -> Result<(NonNull<Self>, Age), EnterError> {
+        let (area, age) = Self::take(machine)?;
+        // SAFETY: the area is ours now.
+        unsafe { &mut *area.as_ptr() }
+            .stand_behind_wall()
+            .inspect_err(|_| Self::release(area.as_ptr()))?;
+        Ok((area, age))
+    }
+
+    /// Gives the area what calls behind the wall need, if there is one and it has not got it.
+    pub(crate) fn stand_behind_wall(&mut self) -> Result<(), EnterError> {
+        if let Some(wall) = Wall::get()
+            && self.wall_stack.is_none()
+        {
+            // As the area itself, for ever.
+            self.wall_stack = Some(Stack::take(wall).map_err(EnterError::Memory)?);
+        }
+        Ok(())
+    }
+
+    fn take(machine: &Machine) -> Result<(NonNull<Self>, Age), EnterError> {
         let count = AREA_COUNT.load(Ordering::Acquire).min(MAX_THREADS);
         for slot in AREAS.iter().take(count) {
             let Some(area) = NonNull::new(slot.load(Ordering::Acquire)) else {

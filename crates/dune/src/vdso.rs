@@ -54,6 +54,15 @@ const FUNCTIONS: [(&core::ffi::CStr, u32); 6] = [
 ];
 
 static SETTLED: AtomicBool = AtomicBool::new(false);
+/// Whether the guest reads the data pages.
+static SHOWN: AtomicBool = AtomicBool::new(false);
+
+/// Whether code in Dune mode reads the kernel's data for clocks (`[vvar]`), so that the vDSO
+/// answers there without a system call. False before the first entry.
+#[must_use]
+pub fn shows_clock_data() -> bool {
+    SHOWN.load(Ordering::Acquire)
+}
 
 /// Looks, once in a process and from inside Dune mode, whether the guest reads the data
 /// pages, and replaces the vDSO if not.
@@ -69,6 +78,7 @@ pub(crate) fn settle(machine: &Machine, options: &Options) -> Result<(), EnterEr
     // SAFETY: a fault ends the copy.
     let unreadable = unsafe { arch::dune_copy(&raw mut byte, data as *const u8, 1) } != 0;
     if !unreadable && !options.system_call_clocks {
+        SHOWN.store(true, Ordering::Release);
         return Ok(());
     }
     replace(machine, start, end)

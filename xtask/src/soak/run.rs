@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,25 +19,46 @@ pub(super) struct Runner {
     dune: PathBuf,
     /// Marks every process of this soak, by a variable of its environment.
     mark: String,
+    /// Where the server of this soak listens.
+    port: OnceLock<String>,
     count: AtomicU64,
 }
 
 /// A variable of the environment of every process of a soak.
 const MARK: &str = "DUNE_SOAK";
-/// For any program; they take a second on an idle machine, and this may be a busy or an
-/// emulated one.
-pub(super) const PATIENCE: Duration = Duration::from_secs(150);
+const PORT: &str = "DUNE_SOAK_PORT";
+/// For any program; they take a second on an idle machine, and this may be a busy one.
+const PATIENCE: Duration = Duration::from_secs(150);
+/// How much slower an emulated machine is: a program that takes a second on a real one
+/// takes ten there.
+const EMULATED: u32 = 6;
 /// In which what was killed must be gone.
 const GONE: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(10);
+
+/// In which any program must end.
+pub(super) fn patience() -> Duration {
+    if super::is_lab() {
+        PATIENCE * EMULATED
+    } else {
+        PATIENCE
+    }
+}
 
 impl Runner {
     pub(super) fn new(dune: PathBuf) -> Self {
         Self {
             dune,
             mark: format!("{MARK}={}", std::process::id()),
+            port: OnceLock::new(),
             count: AtomicU64::new(0),
         }
+    }
+
+    /// From now on programs are told of a server at `port`.
+    pub(super) fn serve_at(&self, port: &str) {
+        // There is one server in a soak.
+        let _ = self.port.set(port.to_owned());
     }
 
     /// Programs that ended as they must.
@@ -45,12 +67,20 @@ impl Runner {
     }
 
     /// A program in the sandbox, in a process group of its own.
-    pub(super) fn start(&self, program: &str, arguments: &[&str]) -> Result<Child, String> {
+    pub(super) fn start(
+        &self,
+        options: &[&str],
+        program: &str,
+        arguments: &[&str],
+    ) -> Result<Child, String> {
         let mut command = Command::new(&self.dune);
         command
-            .args(["run", "--quiet", "--", program])
+            .args(["run", "--quiet"])
+            .args(options)
+            .args(["--", program])
             .args(arguments)
             .env(MARK, std::process::id().to_string())
+            .env(PORT, self.port.get().map_or("", String::as_str))
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -61,12 +91,14 @@ impl Runner {
 
     /// Runs a program to the end that it must have.
     pub(super) fn run(&self, load: &Load, round: u64) -> Result<(), String> {
-        let mut child = self.start(load.program, load.arguments)?;
+        let mut child = self.start(&[], load.program, load.arguments)?;
         let outcome = match load.end {
             End::Prints(expected) => finish(&mut child, expected),
             End::Killed => {
                 // From before the first instruction to well into its work.
-                thread::sleep(Duration::from_millis(round % 16 * 25));
+                thread::sleep(Duration::from_millis(
+                    round % 16 * if super::is_lab() { 400 } else { 25 },
+                ));
                 end_group(&mut child);
                 Ok(())
             }
@@ -120,7 +152,7 @@ fn is_marked(process: &Path, mark: &str) -> bool {
 fn finish(child: &mut Child, expected: &str) -> Result<(), String> {
     let stdout = collect(child.stdout.take());
     let stderr = collect(child.stderr.take());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break status,
@@ -129,7 +161,7 @@ fn finish(child: &mut Child, expected: &str) -> Result<(), String> {
                 end_group(child);
                 return Err(format!(
                     "it hangs: not done after {} s; it printed {:?} and {:?}",
-                    PATIENCE.as_secs(),
+                    patience().as_secs(),
                     stdout.join().unwrap_or_default(),
                     stderr.join().unwrap_or_default()
                 ));

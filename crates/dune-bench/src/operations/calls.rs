@@ -60,6 +60,26 @@ fn asked(meter: &Meter<'_>, number: libc::c_long) -> Result<(), String> {
     })
 }
 
+/// The clock as libc reads it: by a system call only where there is no vDSO.
+pub(crate) fn clock(meter: &Meter<'_>) -> Result<(), String> {
+    let mut before = 0;
+    meter.repeat(|| {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: libc writes the time.
+        if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) } != 0 {
+            return Err(last_error("clock_gettime"));
+        }
+        let now = time.tv_sec * 1_000_000_000 + time.tv_nsec;
+        if now < core::mem::replace(&mut before, now) {
+            return Err("the clock went backwards".to_owned());
+        }
+        Ok(())
+    })
+}
+
 pub(crate) fn read_byte(meter: &Meter<'_>) -> Result<(), String> {
     read(meter, 1)
 }

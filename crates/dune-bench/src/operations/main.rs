@@ -28,6 +28,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("null-call", calls::null),
     ("getppid", calls::getppid),
     ("getpid", calls::getpid),
+    ("clock", calls::clock),
     ("read-1", calls::read_byte),
     ("write-1", calls::write_byte),
     ("read-64k", calls::read_much),

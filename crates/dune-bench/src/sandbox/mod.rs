@@ -83,8 +83,8 @@ pub(crate) fn run(
     let dune = choices.dune.clone().or_else(|| beside("dune"));
     // Emulated seconds are long.
     let patience = match clock.unit() {
-        Unit::Instructions => Duration::from_secs(5),
-        Unit::Nanoseconds => Duration::from_secs(15),
+        Unit::Instructions => Duration::from_secs(60),
+        Unit::Nanoseconds => Duration::from_secs(20),
     };
     let mut contenders = contender::all(dune.as_deref(), &own, patience);
     contenders.retain(|contender| {

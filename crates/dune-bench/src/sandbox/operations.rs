@@ -18,6 +18,7 @@ pub(super) const OPERATIONS: &[(&str, &str)] = &[
     ),
     ("getppid", "getppid"),
     ("getpid", "getpid"),
+    ("clock", "clock_gettime of libc (CLOCK_MONOTONIC)"),
     ("read-1", "pread of 1 byte of a file"),
     ("write-1", "pwrite of 1 byte to a file"),
     ("read-64k", "pread of 64 KiB of a file"),

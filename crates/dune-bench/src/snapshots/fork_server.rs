@@ -81,17 +81,17 @@ impl Server {
             .stdin(input.try_clone()?)
             .stdout(Stdio::null());
         let [theirs, ours] = ends;
-        // SAFETY: two system calls between fork and exec.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in [(theirs.as_raw_fd(), REQUESTS), (ours.as_raw_fd(), ANSWERS)] {
-                    if libc::dup2(from, to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
+        let give = move || {
+            for (from, to) in [(theirs.as_raw_fd(), REQUESTS), (ours.as_raw_fd(), ANSWERS)] {
+                // SAFETY: in the child, whose descriptors nobody holds.
+                if unsafe { libc::dup2(from, to) } < 0 {
+                    return Err(io::Error::last_os_error());
                 }
-                Ok(())
-            });
-        }
+            }
+            Ok(())
+        };
+        // SAFETY: two system calls between fork and exec.
+        unsafe { command.pre_exec(give) };
         let child = command.spawn()?;
         // The child's ends are the child's alone.
         drop(command);

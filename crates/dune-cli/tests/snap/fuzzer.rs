@@ -53,15 +53,15 @@ impl Fuzzer {
             .env("__AFL_SHM_ID", segment.to_string())
             .stdin(Stdio::from(input.try_clone().unwrap()));
         let ends = [(OwnedFd::from(theirs), 198), (OwnedFd::from(ours), 199)];
-        // SAFETY: two system calls.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in &ends {
-                    libc::dup2(from.as_raw_fd(), *to);
-                }
-                Ok(())
-            })
+        let give = move || {
+            for (from, to) in &ends {
+                // SAFETY: in the child, whose descriptors nobody holds.
+                unsafe { libc::dup2(from.as_raw_fd(), *to) };
+            }
+            Ok(())
         };
+        // SAFETY: two system calls.
+        unsafe { command.pre_exec(give) };
         let child = command.spawn().unwrap();
         drop(command);
         let mut this = Self {

@@ -96,8 +96,11 @@ impl Map {
 
     fn here(&mut self, place: usize) {
         let index = (place ^ self.before) % crate::fuzzer::MAP_BYTES;
+        let count = self.at.wrapping_add(index);
         // SAFETY: of the memory attached above, which is that large.
-        unsafe { *self.at.add(index) = (*self.at.add(index)).wrapping_add(1) };
+        let before = unsafe { count.read_volatile() };
+        // SAFETY: likewise.
+        unsafe { count.write_volatile(before.wrapping_add(1)) };
         self.before = place >> 1;
     }
 }

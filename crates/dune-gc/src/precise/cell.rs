@@ -47,7 +47,7 @@ impl<'m, T: Trace> Gc<'m, T> {
     /// variable.
     #[inline]
     #[must_use]
-    pub fn as_ref(self) -> &'m T {
+    pub fn to_ref(self) -> &'m T {
         // SAFETY: no object is freed before the next safepoint, and nobody has a mutable
         // reference to one.
         unsafe { self.object.as_ref() }
@@ -74,7 +74,7 @@ impl<T: Trace> Deref for Gc<'_, T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        self.as_ref()
+        self.to_ref()
     }
 }
 
@@ -135,7 +135,10 @@ impl<T: Trace> GcCell<T> {
         Some(unsafe { Gc::new(target, mutator) })
     }
 
-    /// Changes what it points to. Other threads that read the new pointer see the object that
+    /// Changes what it points to: a few instructions, and never an exit. (With page protection
+    /// the first write to a page since a collection costs a signal, with `userfaultfd` a message
+    /// to a thread; with [`Provider::Dune`](crate::Provider::Dune), outside Dune mode, a look at
+    /// the page tables.) Other threads that read the new pointer see the object that
     /// it points to as it was before.
     ///
     /// # Panics
@@ -152,6 +155,7 @@ impl<T: Trace> GcCell<T> {
             None => ptr::null_mut(),
         };
         self.target.store(target, Ordering::Release);
+        mutator.wrote(ptr::from_ref(self) as usize, size_of::<Self>());
     }
 }
 

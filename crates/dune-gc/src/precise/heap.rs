@@ -19,7 +19,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking.
+    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking, 2 MiB between collections
+    /// at least.
     pub fn new() -> Self {
         Self {
             provider: Provider::Auto,
@@ -35,9 +36,9 @@ impl Config {
     }
 
     /// How many bytes of addresses are reserved: the heap never grows beyond. Fewer, where
-    /// the process's limits do not allow so many; at least 64 MiB.
+    /// the process's limits do not allow so many; at least 64 MiB, at most 32 TiB.
     pub fn max_bytes(mut self, bytes: usize) -> Self {
-        self.parameters.reservation = bytes;
+        self.parameters.reservation = bytes.min(32 << 40);
         self
     }
 
@@ -54,7 +55,7 @@ impl Config {
         self
     }
 
-    /// Collects at every safepoint: for tests.
+    /// Collects at every safepoint, and beside the program all the time: for tests.
     pub fn stress(mut self) -> Self {
         self.parameters.is_stressed = true;
         self
@@ -76,7 +77,11 @@ impl Default for Config {
 }
 
 /// A garbage-collected heap. Cloning gives another handle to the same one; it goes with the
-/// last handle, mutator and root, and what it holds is dropped then.
+/// last handle, mutator and root, and what it holds is dropped then. So a root that a
+/// finalizer of the same heap holds keeps the heap for ever.
+///
+/// It belongs to the process that made it. A child of `fork` that allocates from it, collects
+/// in it, or makes a root in it, is ended with a message; dropping it there does nothing.
 #[derive(Clone, Debug)]
 pub struct Heap(pub(super) Arc<Owner>);
 
@@ -89,10 +94,11 @@ pub(super) struct Owner {
 
 impl Heap {
     /// Makes a heap. Some milliseconds with [`Provider::Dune`] the first time, otherwise some
-    /// system calls and, unless it stops the world, a thread.
+    /// system calls and, unless it stops the world, a thread. With [`Provider::Dune`], and with
+    /// [`Provider::Auto`] where it is possible, the calling thread enters Dune mode and stays.
     ///
     /// # Errors
-    /// [`GcError`].
+    /// [`GcError::Reserve`], [`GcError::Provider`].
     pub fn new(config: Config) -> Result<Self, GcError> {
         let core = Arc::new(Core::new(config.parameters, config.provider)?);
         // Without the thread, full collections stop the world.
@@ -105,10 +111,13 @@ impl Heap {
         })))
     }
 
-    /// Registers the calling thread, until the mutator is dropped. A system call or two.
+    /// Registers the calling thread, until the mutator is dropped. Takes a lock; waits while a
+    /// collection has the world stopped. Some 15 KiB. With Dune's dirty bits the thread enters
+    /// Dune mode: one exit, the first time a virtual CPU.
     ///
     /// # Errors
-    /// [`GcError`]: the thread's writes cannot be tracked, or it is registered already.
+    /// [`GcError::Provider`]: the thread's writes cannot be tracked;
+    /// [`GcError::AlreadyAttached`].
     pub fn attach(&self) -> Result<Mutator, GcError> {
         Mutator::new(self.clone())
     }

@@ -22,3 +22,6 @@ pub use mutator::Mutator;
 pub use object::GcArray;
 pub use root::{Root, Weak};
 pub use trace::{NoPointers, Trace, Tracer};
+
+#[cfg(test)]
+mod tests;

@@ -25,7 +25,12 @@ thread_local! {
 /// A registered thread. It stops for collections only in [`safepoint`](Self::safepoint),
 /// [`make`](Self::make), [`collect`](Self::collect) and [`blocking`](Self::blocking), which
 /// need it for themselves; so pointers that borrow it are good between them. A thread that
-/// computes for long without any keeps all others waiting.
+/// computes for long without any keeps all others waiting: they wait from the next collection
+/// on, and after ten seconds the collector says for whom. A mutator that is leaked
+/// (`mem::forget`) lets no collection happen any more.
+///
+/// Only allocation's slow path, collections and [`Heap::attach`] ever leave the guest in Dune
+/// mode.
 #[derive(Debug)]
 pub struct Mutator {
     heap: Heap,
@@ -33,6 +38,8 @@ pub struct Mutator {
     /// The heap's addresses.
     start: usize,
     bytes: usize,
+    /// Writes may have to be noted.
+    wants_notes: bool,
     _not_send: PhantomData<*const ()>,
 }
 
@@ -50,14 +57,22 @@ impl Mutator {
                 reason,
             })?;
         let thread = Arc::new(Thread::new());
+        #[cfg(miri)]
+        let tid = 0;
+        #[cfg(not(miri))]
+        // SAFETY: has no conditions.
+        let tid = unsafe { libc::gettid() };
+        thread.tid.store(tid, Ordering::Relaxed);
         core.world.register(&thread);
         ATTACHED.with_borrow_mut(|attached| attached.push(id));
         let (start, bytes) = (core.space.start(), core.space.capacity());
+        let wants_notes = core.tracker.wants_notes();
         Ok(Self {
             heap,
             thread,
             start,
             bytes,
+            wants_notes,
             _not_send: PhantomData,
         })
     }
@@ -81,17 +96,49 @@ impl Mutator {
         }
     }
 
+    /// Pointers were written.
+    #[inline]
+    pub(super) fn wrote(&self, address: usize, bytes: usize) {
+        if self.wants_notes {
+            self.core().tracker.note_written(address, bytes);
+        }
+    }
+
     /// Makes an object. Never collects: pointers that were taken before stay good. So call
     /// [`safepoint`](Self::safepoint) once in a while, or use [`make`](Self::make). Some 20
     /// instructions, and once in a page more; for a type that needs `Drop`, a lock more.
     ///
-    /// Ends the process where there is no memory left, as `Box::new` does.
+    /// Ends the process, with a message, where the heap is full, as `Box::new` does:
+    /// [`try_alloc`](Self::try_alloc) does not.
     #[inline]
     pub fn alloc<T: Trace>(&self, value: T) -> Gc<'_, T> {
+        self.try_alloc(value).unwrap_or_else(|error| full(&error))
+    }
+
+    /// As [`alloc`](Self::alloc); where the heap is full, it says so.
+    ///
+    /// # Errors
+    /// [`GcError::Exhausted`]; the value is dropped.
+    #[inline]
+    pub fn try_alloc<T: Trace>(&self, value: T) -> Result<Gc<'_, T>, GcError> {
+        let cell = self.cell_for::<T>()?;
+        // SAFETY: a fresh cell for the type.
+        Ok(unsafe { self.fill(cell, value) })
+    }
+
+    #[inline]
+    fn cell_for<T: Trace>(&self) -> Result<usize, GcError> {
         let bytes = size_of::<T>() + object::offset_of_value::<T>();
-        let cell = self.raw(object::kind_of::<T>(), bytes);
+        self.raw(object::kind_of::<T>(), bytes)
+    }
+
+    /// # Safety
+    /// The cell is from [`cell_for`](Self::cell_for), for this type, and was not filled yet.
+    #[inline]
+    unsafe fn fill<T: Trace>(&self, cell: usize, value: T) -> Gc<'_, T> {
         // SAFETY: a fresh cell of that kind and size.
         let object = unsafe { object::place(cell, value) };
+        self.wrote(cell, size_of::<T>() + object::offset_of_value::<T>());
         if core::mem::needs_drop::<T>() {
             let drop: unsafe fn(usize) = drop_at::<T>;
             self.core().roots().add_drop(object.as_ptr() as usize, drop);
@@ -113,29 +160,61 @@ impl Mutator {
     /// # Ok::<(), dune_gc::GcError>(())
     /// ```
     pub fn alloc_array<T: Trace>(&self, len: usize) -> Gc<'_, GcArray<T>> {
-        let Some(bytes) = object::array_bytes(len) else {
-            out_of_memory();
-        };
-        let cell = self.raw(Kind::Typed, bytes);
+        self.try_alloc_array(len)
+            .unwrap_or_else(|error| full(&error))
+    }
+
+    /// As [`alloc_array`](Self::alloc_array); where the heap is full, it says so.
+    ///
+    /// # Errors
+    /// [`GcError::Exhausted`].
+    pub fn try_alloc_array<T: Trace>(&self, len: usize) -> Result<Gc<'_, GcArray<T>>, GcError> {
+        let bytes = object::array_bytes(len).unwrap_or(usize::MAX);
+        let cell = self.raw(Kind::Typed, bytes)?;
         // SAFETY: a fresh cell of that size.
         let array = unsafe { object::place_array(cell, len) };
         // SAFETY: just made.
-        unsafe { Gc::new(array, self) }
+        Ok(unsafe { Gc::new(array, self) })
     }
 
     #[inline]
-    fn raw(&self, kind: Kind, bytes: usize) -> usize {
-        let core = self.core();
-        match core.allocate_beside(&self.thread, kind, bytes.max(1)) {
-            Some(cell) => cell,
-            None => out_of_memory(),
+    fn raw(&self, kind: Kind, bytes: usize) -> Result<usize, GcError> {
+        self.core()
+            .allocate_beside(&self.thread, kind, bytes.max(1))
+            .ok_or_else(|| self.exhausted(bytes))
+    }
+
+    #[cold]
+    fn exhausted(&self, bytes: usize) -> GcError {
+        GcError::Exhausted {
+            bytes,
+            capacity: self.bytes,
         }
     }
 
-    /// A safepoint, then [`alloc`](Self::alloc), then [`root`](Self::root).
+    /// A safepoint, then [`alloc`](Self::alloc), then [`root`](Self::root). Where the heap is
+    /// full, everything unreachable is found first.
+    ///
+    /// Ends the process where it is full even then: [`try_make`](Self::try_make) does not.
     pub fn make<T: Trace>(&mut self, value: T) -> Root<T> {
+        self.try_make(value).unwrap_or_else(|error| full(&error))
+    }
+
+    /// As [`make`](Self::make); where the heap is full, it says so.
+    ///
+    /// # Errors
+    /// [`GcError::Exhausted`]; the value is dropped.
+    pub fn try_make<T: Trace>(&mut self, value: T) -> Result<Root<T>, GcError> {
         self.safepoint();
-        self.root(self.alloc(value))
+        let cell = match self.cell_for::<T>() {
+            Ok(cell) => cell,
+            Err(_) => {
+                self.collect();
+                self.cell_for::<T>()?
+            }
+        };
+        // SAFETY: a fresh cell for the type.
+        Ok(self.root(unsafe { self.fill(cell, value) }))
     }
 
     /// Stops for a collection that another thread wants, or collects if one is due. Two loads
@@ -156,6 +235,7 @@ impl Mutator {
     #[cold]
     fn stop(&mut self) {
         let core = self.core();
+        core.check_process();
         core.world.poll(&self.thread);
         if core.is_collection_due() {
             core.collect_when_due(&self.thread);
@@ -177,6 +257,7 @@ impl Mutator {
         struct Leave<'a>(&'a Mutator);
         impl Drop for Leave<'_> {
             fn drop(&mut self) {
+                self.0.core().check_process();
                 self.0.core().world.leave_safe(&self.0.thread);
             }
         }
@@ -199,11 +280,24 @@ impl Mutator {
     }
 
     /// Runs a function once the object is unreachable, in place of an earlier one: after a
-    /// collection, outside of every lock, in the thread that comes to a safepoint next. Weak
-    /// pointers to it are gone by then. The function may make the object reachable again, by a
-    /// root or from another object; its finalizer is used up. Values that need `Drop` are
-    /// dropped after that, when the object is unreachable once more. What still waits when
-    /// the heap goes is not run.
+    /// collection, outside of every lock, in the thread that comes to a safepoint next. One
+    /// lock and an allocation.
+    ///
+    /// *Order.* All objects that a collection finds unreachable are finalized, in no order, also
+    /// where they lead to each other: the function sees each of them whole, but the other's
+    /// finalizer may have run before.
+    ///
+    /// *Resurrection.* The function may make the object reachable again, by a root or from
+    /// another object; its finalizer is used up then, and another may be set. Weak pointers to
+    /// it are null from the moment it was found unreachable, and stay so.
+    ///
+    /// *`Drop`.* The value is dropped after that, once the object is found unreachable again:
+    /// a drop is always the last thing that happens to an object.
+    ///
+    /// *Panics.* A panic in the function, or in a `Drop`, goes through the
+    /// [`safepoint`](Self::safepoint) that ran it; what else waits runs at the next one.
+    ///
+    /// *The end.* What still waits when the heap goes is not run; values are dropped.
     pub fn set_finalizer<T: Trace>(
         &self,
         object: Gc<'_, T>,
@@ -224,20 +318,32 @@ impl Mutator {
     }
 
     fn run_finalizers(&self) {
-        if !self.core().has_ready.swap(false, Ordering::Acquire) {
+        /// What a panic leaves waits for the next safepoint.
+        struct Rest<'a>(&'a Core);
+        impl Drop for Rest<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.has_ready.store(true, Ordering::Release);
+                }
+            }
+        }
+        let core = self.core();
+        if !core.has_ready.swap(false, Ordering::Acquire) {
             return;
         }
+        let _rest = Rest(core);
         // The guard is a temporary that must be gone before the function runs.
-        while let Some((object, run)) = self.core().take_ready() {
+        while let Some((object, run)) = core.take_ready() {
             match run {
                 Run::Typed(function) => function(object, self),
                 Run::Untyped(function) => function(object),
             }
         }
-        let dead = self.core().roots().take_dead();
-        for (object, drop) in dead {
+        let mut dropped = None;
+        while let Some((object, drop)) = core.take_dead(dropped) {
             // SAFETY: found unreachable, and taken from the list, once.
             unsafe { drop(object) };
+            dropped = Some(object);
         }
     }
 }
@@ -246,9 +352,11 @@ impl Drop for Mutator {
     fn drop(&mut self) {
         let core = &self.heap.0.core;
         let id = Arc::as_ptr(core) as usize;
-        core.give_back_buffers(&self.thread);
-        core.world.enter_safe(&self.thread, 0);
-        core.world.unregister(&self.thread);
+        if !core.is_foreign() {
+            core.give_back_buffers(&self.thread);
+            core.world.enter_safe(&self.thread, 0);
+            core.world.unregister(&self.thread);
+        }
         // At the end of a thread the list may be gone already.
         let _ = ATTACHED.try_with(|attached| {
             attached.borrow_mut().retain(|other| *other != id);
@@ -275,6 +383,7 @@ fn not_in_heap() -> ! {
 }
 
 #[cold]
-fn out_of_memory() -> ! {
-    fatal("no memory is left for the heap: raise Config::max_bytes, or the process's limits")
+#[inline(never)]
+fn full(error: &GcError) -> ! {
+    fatal(&error.to_string())
 }

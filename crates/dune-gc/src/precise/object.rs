@@ -20,10 +20,12 @@ use crate::typed::TypeInfo;
 
 /// Where the value of a type lies in a cell.
 pub(super) const fn offset_of_value<T: Trace>() -> usize {
-    assert!(
-        align_of::<T>() <= GRANULE,
-        "objects are aligned to 16 bytes at most"
-    );
+    const {
+        assert!(
+            align_of::<T>() <= GRANULE,
+            "objects are aligned to 16 bytes at most"
+        );
+    }
     if !T::HAS_POINTERS {
         0
     } else if align_of::<T>() <= 8 {
@@ -96,7 +98,7 @@ pub(super) unsafe fn place<T: Trace>(cell: usize, value: T) -> NonNull<T> {
 pub(super) unsafe fn place_array<T: Trace>(cell: usize, len: usize) -> NonNull<GcArray<T>> {
     let array = (cell + size_of::<usize>()) as *mut GcArray<T>;
     // SAFETY: within the cell. The array's cells are zero, which is null.
-    unsafe { (&raw mut (*array).len).write(len) };
+    unsafe { array.cast::<usize>().write(len) };
     // SAFETY: the cell is zero.
     unsafe { describe(cell, Described::<T>::ARRAY) };
     // SAFETY: an address in the heap.
@@ -126,6 +128,8 @@ pub struct GcArray<T: Trace> {
     len: usize,
     cells: [GcCell<T>; 0],
 }
+
+const _: () = assert!(core::mem::offset_of!(GcArray<u64>, len) == 0);
 
 impl<T: Trace> GcArray<T> {
     fn cells(&self) -> &[GcCell<T>] {

@@ -53,6 +53,9 @@ impl<T: Trace> Clone for Root<T> {
 
 impl<T: Trace> Drop for Root<T> {
     fn drop(&mut self) {
+        if self.heap.0.core.is_foreign() {
+            return;
+        }
         self.heap.0.core.roots().remove_slot(self.slot);
     }
 }

@@ -60,6 +60,21 @@ impl WriteTracker for DirtyBits {
         }
     }
 
+    /// A thread may leave Dune mode at any time.
+    fn wants_notes(&self) -> bool {
+        true
+    }
+
+    fn note_written(&self, address: usize, bytes: usize) {
+        if dune::is_inside() {
+            return;
+        }
+        let first = GuestVirt::new_truncate(address as u64);
+        if let Ok(range) = VirtRange::try_new(first, bytes as u64) {
+            Tracker::note_written(range);
+        }
+    }
+
     fn admit_thread(&self) -> Result<(), String> {
         dune::enter().map_err(|error| error.to_string())
     }

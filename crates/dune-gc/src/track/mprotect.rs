@@ -66,6 +66,14 @@ impl Rights for Mprotect {
     fn open(&self, start: usize, bytes: usize) -> bool {
         protect(start, bytes, libc::PROT_READ | libc::PROT_WRITE)
     }
+
+    fn renew(&self, start: usize, bytes: usize) -> Result<(), String> {
+        if bytes == 0 || self.open(start, bytes) {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error().to_string())
+        }
+    }
 }
 
 /// As [`Mprotect`], for the handler, which has no other.
@@ -83,6 +91,10 @@ impl Rights for InHandler {
 
     fn open(&self, start: usize, bytes: usize) -> bool {
         protect(start, bytes, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    fn renew(&self, _: usize, _: usize) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -123,8 +135,10 @@ unsafe extern "C" fn on_fault(
     let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let error_code = registers.get(libc::REG_ERR as usize).copied().unwrap_or(0);
     if reason == SEGV_ACCERR && error_code & WRITE != 0 {
-        // SAFETY: as above; of a page fault, which has an address.
-        let address = unsafe { (*info).si_addr() } as usize;
+        // SAFETY: as above.
+        let info = unsafe { &*info };
+        // SAFETY: of a page fault, which has an address.
+        let address = unsafe { info.si_addr() } as usize;
         // SAFETY: the thread's own.
         let errno = unsafe { libc::__errno_location() };
         // SAFETY: as above.
@@ -136,8 +150,9 @@ unsafe extern "C" fn on_fault(
             return;
         }
     }
+    let before = BEFORE.0.get().cast::<libc::sigaction>();
     // SAFETY: written before the handler was installed.
-    let before = unsafe { (*BEFORE.0.get()).assume_init_ref() };
+    let before = unsafe { &*before };
     pass_on(before, signal, info, context);
 }
 

@@ -60,6 +60,17 @@ impl Pages {
         result
     }
 
+    /// In the child of a `fork`, whose other threads are gone: all pages are open, whatever they
+    /// were. The rights follow.
+    fn open_all(&self) -> (usize, usize) {
+        self.changing.store(false, Ordering::Release);
+        let usable = self.usable.load(Ordering::SeqCst);
+        for word in self.closed.iter().take((usable >> PAGE_SHIFT).div_ceil(64)) {
+            word.store(0, Ordering::SeqCst);
+        }
+        (self.start, usable)
+    }
+
     /// The page of an address that the heap may use.
     pub(crate) fn page_of(&self, address: usize) -> Option<usize> {
         let offset = address.wrapping_sub(self.start);
@@ -105,6 +116,9 @@ pub(crate) trait Rights: Send + Sync + core::fmt::Debug {
     fn cover(&self, _start: usize, _end: usize) -> Result<(), String> {
         Ok(())
     }
+
+    /// In the child of a `fork`: this much is to be followed, from no page closed on.
+    fn renew(&self, start: usize, bytes: usize) -> Result<(), String>;
 }
 
 /// Opens a run of pages, or as many around it as the kernel insists on: where it has no room
@@ -197,6 +211,11 @@ impl<R: Rights> WriteTracker for Protected<R> {
             }
         }
         self.close(run);
+    }
+
+    fn after_fork(&self, _: &Space) -> Result<(), String> {
+        let (start, bytes) = self.0.pages().open_all();
+        self.0.renew(start, bytes)
     }
 
     fn traps(&self) -> u64 {

@@ -9,7 +9,7 @@ use linux_raw_sys::ioctl::{FS_IOC_SETFLAGS, SIOCGIFCONF};
 
 use crate::calls::ioctl::{Argument, fcntl_argument, ioctl_argument};
 use crate::calls::procfs::Folder;
-use crate::calls::{fd, forward, net, own, procfs};
+use crate::calls::{fd, forward, net, procfs};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::policy::Need;
@@ -81,11 +81,12 @@ pub(crate) fn openat2(guard: &mut Guard, args: Args) -> SysResult {
     let mut held = flags;
     let path = guard.hold_opened(dirfd, path, &mut held)?;
     let more = held & !flags;
+    let bounce = guard.bounce.clone();
     procfs::open(guard, flags, |flags| {
         // The kernel wants no mode where nothing is made.
         let makes = flags & u64::from(O_CREAT | __O_TMPFILE) != 0;
-        let how = [flags | more, if makes { mode } else { 0 }, resolve];
-        forward(__NR_openat2, [dirfd, path, own(&how), HOW_LEN, 0, 0])
+        let how = bounce.lend(&[flags | more, if makes { mode } else { 0 }, resolve])?;
+        forward(__NR_openat2, [dirfd, path, how.pointer(), HOW_LEN, 0, 0])
     })
 }
 
@@ -110,7 +111,8 @@ pub(crate) fn readlinkat(guard: &mut Guard, args: Args) -> SysResult {
     let request = |path: &str| format!("readlink({path})");
     let mut path = guard.hold_path(dirfd, text, Last::NoFollow, Need::Look, &request)?;
     path.push(0);
-    forward(__NR_readlinkat, [dirfd, own(&path[..]), buffer, len, 0, 0])
+    let path = guard.lend(&path[..])?;
+    forward(__NR_readlinkat, [dirfd, path.pointer(), buffer, len, 0, 0])
 }
 
 pub(crate) fn readv(guard: &mut Guard, args: Args) -> SysResult {
@@ -142,7 +144,8 @@ pub(crate) fn pwritev2(guard: &mut Guard, args: Args) -> SysResult {
 fn vectored(guard: &mut Guard, nr: u32, args: Args) -> SysResult {
     let [fd, vecs, count, low, high, flags] = args;
     let vecs = guard.memory().read_iovecs(vecs, count)?;
-    forward(nr, [fd, own(&vecs[..]), count, low, high, flags])
+    let vecs = guard.lend(&vecs[..])?;
+    forward(nr, [fd, vecs.pointer(), count, low, high, flags])
 }
 
 pub(crate) fn ioctl(guard: &mut Guard, args: Args) -> SysResult {

@@ -149,6 +149,7 @@ fn fork_with(
             Err(error) => leave_process(Err(error)),
         }
         record::set_kick(Some(guard.engine.kick_byte()));
+        record::set_passage(guard.engine.passage());
         if let Err(error) = guard.engine.load_xstate(&xstate) {
             leave_process(Err(error));
         }

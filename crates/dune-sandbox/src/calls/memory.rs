@@ -12,18 +12,18 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use linux_raw_sys::general::{
-    __NR_madvise, __NR_memfd_create, __NR_mmap, __NR_mprotect, __NR_mremap, __NR_msync,
-    __NR_munmap, MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTNEED,
-    MADV_FREE, MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL,
-    MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE,
-    MADV_SEQUENTIAL, MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS,
-    MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE,
-    MAP_POPULATE, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MFD_HUGETLB,
-    MREMAP_FIXED, MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
+    __NR_madvise, __NR_memfd_create, __NR_mprotect, __NR_mremap, __NR_msync, __NR_munmap,
+    MADV_COLD, MADV_COLLAPSE, MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTNEED, MADV_FREE,
+    MADV_HUGEPAGE, MADV_KEEPONFORK, MADV_MERGEABLE, MADV_NOHUGEPAGE, MADV_NORMAL, MADV_PAGEOUT,
+    MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, MADV_REMOVE, MADV_SEQUENTIAL,
+    MADV_UNMERGEABLE, MADV_WILLNEED, MADV_WIPEONFORK, MAP_32BIT, MAP_ANONYMOUS, MAP_FIXED,
+    MAP_FIXED_NOREPLACE, MAP_HUGETLB, MAP_LOCKED, MAP_NONBLOCK, MAP_NORESERVE, MAP_POPULATE,
+    MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC, MAP_TYPE, MFD_HUGETLB, MREMAP_FIXED,
+    MREMAP_MAYMOVE, PROT_EXEC, PROT_NONE, PROT_READ, PROT_SEM, PROT_WRITE,
 };
 
 use crate::calls::opened::check_mapping;
-use crate::calls::{forward, forward_always};
+use crate::calls::{forward, forward_always, map_for_program};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -32,7 +32,7 @@ use crate::program::{Memory, Program};
 use crate::range::{PAGE_SIZE, PageRange, USER_LO, USER_TOP, UserRange};
 use crate::table::Args;
 use crate::user::{load_page, store_page};
-use crate::vma::{Attributes, Backing, Sharing, effective};
+use crate::vma::{Area, Attributes, Backing, Sharing, effective};
 
 /// Where the program's memory grows.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,6 +43,8 @@ pub(crate) struct Space {
     pub(crate) heap_end: u64,
     /// Mappings are placed downwards from here.
     pub(crate) mmap_top: u64,
+    /// Where the kernel's data for clocks are shown; 0 for nowhere.
+    pub(crate) clock: u64,
 }
 
 /// `MAP_32BIT` places a mapping below this.
@@ -118,7 +120,7 @@ pub(crate) fn mmap(guard: &mut Guard, args: Args) -> SysResult {
         fd,
         offset,
     ];
-    if let Err(errno) = forward_always(__NR_mmap, args) {
+    if let Err(errno) = map_for_program(args) {
         if place == MAP_FIXED {
             forget_if_gone(&mut memory, range);
         }
@@ -244,6 +246,10 @@ pub(crate) fn mprotect(guard: &mut Guard, args: Args) -> SysResult {
     if !memory.areas.is_mapped(range) {
         return Err(Errno::ENOMEM);
     }
+    let is_clock = |area: Area| area.attributes.backing == Backing::Clock;
+    if access != Access::READ && memory.areas.overlapping(range).any(is_clock) {
+        return Err(Errno::EACCES);
+    }
     // Area by area, so that a refusal half-way leaves the table true.
     let pieces: Vec<(PageRange, Access)> = memory
         .areas
@@ -341,7 +347,7 @@ pub(crate) fn mremap(guard: &mut Guard, args: Args) -> SysResult {
     let program = Arc::clone(&guard.program);
     let memory = &mut *program.memory_mut();
     let area = memory.areas.find(addr).ok_or(Errno::EFAULT)?;
-    if old.end() > area.range.end() {
+    if old.end() > area.range.end() || area.attributes.backing == Backing::Clock {
         return Err(Errno::EFAULT);
     }
     let attributes = area.attributes;
@@ -504,10 +510,7 @@ pub(crate) fn map_anonymous(
 ) -> Result<(), Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE);
     let prot = host_prot(attributes.access);
-    forward_always(
-        __NR_mmap,
-        [range.start(), range.len(), prot, flags, u64::MAX, 0],
-    )?;
+    map_for_program([range.start(), range.len(), prot, flags, u64::MAX, 0])?;
     memory.areas.map(range, attributes);
     Ok(())
 }
@@ -522,10 +525,7 @@ pub(crate) fn map_file(
 ) -> Result<(), Errno> {
     let flags = u64::from(MAP_PRIVATE | MAP_FIXED_NOREPLACE);
     let prot = host_prot(access);
-    forward_always(
-        __NR_mmap,
-        [range.start(), range.len(), prot, flags, fd as u64, offset],
-    )?;
+    map_for_program([range.start(), range.len(), prot, flags, fd as u64, offset])?;
     let attributes = Attributes {
         access,
         sharing: Sharing::Private,

@@ -26,13 +26,13 @@ use linux_raw_sys::net::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::bounce::Lent;
 use crate::calls::net::{ADDRESS_MAX, Address, bounded};
 use crate::calls::net_policy::Naming;
-use crate::calls::{forward, forward_always, own, own_mut};
+use crate::calls::{forward, forward_always};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
-use crate::user::IoVec;
 
 /// The kernel's `struct msghdr`.
 #[repr(C)]
@@ -71,9 +71,10 @@ const MOST: u64 = 1024;
 /// own header lies.
 struct Message {
     at: u64,
-    name: Option<Address>,
-    vectors: Vec<IoVec>,
-    control: Vec<u8>,
+    name: Option<(Lent, u64)>,
+    vectors: Lent,
+    vector_count: usize,
+    control: Option<(Lent, usize)>,
     /// The descriptors in `control`.
     rights: Vec<RawFd>,
     /// As read, with pointers made good for receiving.
@@ -89,12 +90,13 @@ impl Message {
             let len = name_len(header)?;
             let mut name = Address::read(guard, header.name, len)?;
             guard.may_name(Naming::Send(fd, "sendmsg"), &mut name)?;
-            message.name = Some(name);
+            message.name = Some((name.lend(guard)?, name.len()));
         }
         if header.control_len != 0 {
-            message.control = read_control(guard, header)?;
-            message.rights = rights(&message.control)?;
-            guard.may_direct(&kinds(&message.control))?;
+            let control = read_control(guard, header)?;
+            message.rights = rights(&control)?;
+            guard.may_direct(&kinds(&control))?;
+            message.control = Some((guard.lend(&control[..])?, control.len()));
         }
         Ok(message)
     }
@@ -129,8 +131,9 @@ impl Message {
         Ok(Self {
             at,
             name: None,
-            vectors,
-            control: Vec::new(),
+            vectors: guard.lend(&vectors[..])?,
+            vector_count: vectors.len(),
+            control: None,
             rights: Vec::new(),
             header,
         })
@@ -139,14 +142,10 @@ impl Message {
     /// The header for sending, which points at the copies of `self`.
     fn outgoing(&self) -> Header {
         Header {
-            name: self.name.as_ref().map_or(0, Address::pointer),
-            name_len: self.name.as_ref().map_or(0, Address::len) as u32,
-            control: if self.control.is_empty() {
-                0
-            } else {
-                own(&self.control[..])
-            },
-            control_len: self.control.len() as u64,
+            name: self.name.as_ref().map_or(0, |(name, _)| name.pointer()),
+            name_len: self.name.as_ref().map_or(0, |(_, len)| *len) as u32,
+            control: self.control.as_ref().map_or(0, |(lent, _)| lent.pointer()),
+            control_len: self.control.as_ref().map_or(0, |(_, len)| *len) as u64,
             ..self.incoming()
         }
     }
@@ -155,8 +154,8 @@ impl Message {
     /// program.
     fn incoming(&self) -> Header {
         Header {
-            vectors: own(&self.vectors[..]),
-            vector_count: self.vectors.len() as u64,
+            vectors: self.vectors.pointer(),
+            vector_count: self.vector_count as u64,
             pad: 0,
             pad_end: 0,
             ..self.header
@@ -249,7 +248,7 @@ fn send<const FLAGS: usize>(guard: &Guard, nr: u32, args: Args, rights: &[RawFd]
         if !waits {
             return result;
         }
-        wait_until_writable(args[0])?;
+        wait_until_writable(guard, args[0])?;
     }
 }
 
@@ -258,10 +257,10 @@ fn is_nonblocking(fd: u64) -> Result<bool, Errno> {
     Ok(flags & u64::from(O_NONBLOCK) != 0)
 }
 
-fn wait_until_writable(fd: u64) -> SysResult {
+fn wait_until_writable(guard: &Guard, fd: u64) -> SysResult {
     // `struct pollfd`: a descriptor, then two halves.
-    let mut poll = [fd as u32, u32::from(POLLOUT as u16)];
-    forward(__NR_poll, [own_mut(&mut poll), 1, u64::MAX, 0, 0, 0])
+    let poll = guard.lend(&[fd as u32, u32::from(POLLOUT as u16)])?;
+    forward(__NR_poll, [poll.pointer(), 1, u64::MAX, 0, 0, 0])
 }
 
 /// Whether control messages of this kind hold nothing but plain data and
@@ -324,8 +323,8 @@ pub(crate) fn sendmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
     let socket = guard.hold_socket(fd)?;
     let message = Message::to_send(guard, socket.fd(), at)?;
-    let header = message.outgoing();
-    let args = [socket.fd(), own(&header), flags, 0, 0, 0];
+    let header = guard.lend(&message.outgoing())?;
+    let args = [socket.fd(), header.pointer(), flags, 0, 0, 0];
     let result = send::<2>(guard, __NR_sendmsg, args, &message.rights);
     bounded(guard, fd, SO_SNDTIMEO, result)
 }
@@ -334,9 +333,11 @@ pub(crate) fn recvmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, flags, ..] = args;
     let message = Message::to_receive(guard, fd, at)?;
     let mut header = message.incoming();
-    let args = [fd, own_mut(&mut header), flags, 0, 0, 0];
+    let lent = guard.lend(&header)?;
+    let args = [fd, lent.pointer(), flags, 0, 0, 0];
     let result = forward(__NR_recvmsg, args);
     let count = bounded(guard, fd, SO_RCVTIMEO, result)?;
+    lent.read_into(&mut header);
     message.tell(guard, &header)?;
     Ok(count)
 }
@@ -346,9 +347,10 @@ pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
     let socket = guard.hold_socket(fd)?;
     let messages = read_many(guard, socket.fd(), at, count, Message::to_send)?;
     let mut headers = counted(&messages, Message::outgoing);
+    let lent = guard.lend(&headers[..])?;
     let many = [
         socket.fd(),
-        own_mut(&mut headers[..]),
+        lent.pointer(),
         headers.len() as u64,
         flags,
         0,
@@ -359,6 +361,7 @@ pub(crate) fn sendmmsg(guard: &mut Guard, args: Args) -> SysResult {
         .flat_map(|message| message.rights.iter().copied())
         .collect();
     let done = send::<3>(guard, __NR_sendmmsg, many, &rights)?;
+    lent.read_into(&mut headers[..]);
     tell_lengths(guard, &messages, &headers, done)?;
     Ok(done)
 }
@@ -367,9 +370,10 @@ pub(crate) fn recvmmsg(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, at, count, flags, timeout, _] = args;
     let messages = read_many(guard, fd, at, count, Message::to_receive)?;
     let mut headers = counted(&messages, Message::incoming);
+    let lent = guard.lend(&headers[..])?;
     let many = [
         fd,
-        own_mut(&mut headers[..]),
+        lent.pointer(),
         headers.len() as u64,
         flags,
         // User memory, by the table.
@@ -377,6 +381,7 @@ pub(crate) fn recvmmsg(guard: &mut Guard, args: Args) -> SysResult {
         0,
     ];
     let done = forward(__NR_recvmmsg, many)?;
+    lent.read_into(&mut headers[..]);
     for (message, counted) in messages.iter().zip(&headers).take(done as usize) {
         message.tell(guard, &counted.header)?;
     }
@@ -437,7 +442,9 @@ fn tell_lengths(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::own;
     use crate::testing::{UserPages, guard};
+    use crate::user::IoVec;
 
     fn control(level: u32, kind: u32, data: &[u8]) -> Vec<u8> {
         let mut bytes = (16 + data.len() as u64).to_le_bytes().to_vec();

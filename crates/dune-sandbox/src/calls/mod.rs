@@ -28,12 +28,19 @@ pub(crate) mod timer;
 use core::fmt;
 use std::os::fd::RawFd;
 
+use dune_kvm::wall::{Region, Wall};
+use linux_raw_sys::general::{__NR_mmap, __NR_munmap};
+
+use crate::bounce::Lent;
+use zerocopy::{Immutable, IntoBytes};
+
 use crate::guard::Guard;
-use crate::host::{Errno, SysResult, syscall};
+use crate::host::{Errno, SysResult, decode, raw_syscall, syscall};
+use crate::peel::checks_pointers;
 use crate::range::{PAGE_SIZE, UserRange};
 use crate::signal::SigSet;
 use crate::signal::host::mask_for_host;
-use crate::signal::record::call_interruptible;
+use crate::signal::record::{call_interruptible, call_walled, call_walled_always, passage_flag};
 use crate::table::{Arg, Args, Call, Size};
 use crate::user::{PATH_MAX, UserMemory};
 
@@ -62,12 +69,22 @@ pub enum Answer {
     Killed(u32),
 }
 
-/// The guard's copies of the strings of one call.
+/// The guard's copies of the strings of one call: what it decides by, and what
+/// the host kernel gets.
+///
+/// ```text
+///  texts      the guard's own            lent   text 0 | text 1 | signal set
+/// ```
 pub(crate) struct Strings {
     texts: [Box<[u8; PATH_MAX]>; 2],
-    /// No call has more than one.
-    set: Box<SigSet>,
+    /// Under the key of user memory, as all that is lent ([`crate::bounce`]), and
+    /// always at the same place; mapped when first needed.
+    lent: Option<Region>,
 }
+
+/// Where the signal set lies in what is lent; no call has more than one.
+const LENT_SET: usize = 2 * PATH_MAX;
+const LENT: usize = LENT_SET + PAGE_SIZE as usize;
 
 impl Strings {
     /// The string that was copied into one of the buffers, without its zero.
@@ -88,7 +105,32 @@ impl Strings {
         let (place, zero) = place.split_at_mut(text.len());
         place.copy_from_slice(text);
         zero.fill(0);
-        Ok(())
+        self.lend_text(which, text.len() + 1).map(drop)
+    }
+
+    /// Lends the first `len` bytes of a text; where, is always the same.
+    fn lend_text(&mut self, which: usize, len: usize) -> Result<u64, Errno> {
+        let at = self.lent()?.wrapping_add(which * PATH_MAX);
+        let text = self.texts.get(which).and_then(|text| text.get(..len));
+        let text = text.ok_or(Errno::EINVAL)?;
+        // SAFETY: the place of this text, of PATH_MAX bytes, which nobody refers to.
+        unsafe { at.copy_from_nonoverlapping(text.as_ptr(), len) };
+        Ok(at.expose_provenance() as u64)
+    }
+
+    fn lend_set(&mut self, set: SigSet) -> Result<u64, Errno> {
+        let at = self.lent()?.wrapping_add(LENT_SET);
+        // SAFETY: the place of the set, which nobody refers to.
+        unsafe { at.cast::<SigSet>().write(set) };
+        Ok(at.expose_provenance() as u64)
+    }
+
+    fn lent(&mut self) -> Result<*mut u8, Errno> {
+        let region = match &mut self.lent {
+            Some(region) => region,
+            none => none.insert(Region::map(LENT, Wall::get()).map_err(|_| Errno::ENOMEM)?),
+        };
+        Ok(region.as_ptr())
     }
 }
 
@@ -96,7 +138,7 @@ impl Default for Strings {
     fn default() -> Self {
         Self {
             texts: [Box::new([0; PATH_MAX]), Box::new([0; PATH_MAX])],
-            set: Box::default(),
+            lent: None,
         }
     }
 }
@@ -122,25 +164,57 @@ impl CheckedArgs {
     pub(crate) fn forward(self, nr: u32) -> SysResult {
         // SAFETY: by the check (`Guard::check`), the kernel reaches user
         // memory and the guard's copies only, and no descriptor of the guard.
-        unsafe { call_interruptible(nr, &self.0) }
+        unsafe { call_walled(nr, &self.0) }
     }
 }
 
 /// Makes a call whose arguments the caller has checked one by one.
 ///
-/// The pointers among `args` must be null, checked user memory, or buffers of
-/// the guard of the right size; the functions of the submodules are few and
-/// each says how it checked.
+/// The pointers among `args` must be null, checked user memory, or lent
+/// ([`crate::bounce`]); the functions of the submodules are few and each says
+/// how it checked.
 pub(crate) fn forward(nr: u32, args: Args) -> SysResult {
     // SAFETY: as above.
+    unsafe { call_walled(nr, &args) }
+}
+
+/// As [`forward`], for calls that must not be given up for a signal.
+pub(crate) fn forward_at_once(nr: u32, args: Args) -> SysResult {
+    // SAFETY: as `forward`.
+    unsafe { call_walled_always(nr, &args) }
+}
+
+/// A call of the guard itself, whose pointers are its own: not behind the wall.
+/// It is not given up for a signal: the guard could not start the whole again.
+pub(crate) fn forward_always(nr: u32, args: Args) -> SysResult {
+    // SAFETY: no pointer among the arguments comes from the program.
+    unsafe { syscall(nr, args) }
+}
+
+/// As [`forward_always`], for calls that may wait.
+pub(crate) fn forward_interruptible(nr: u32, args: Args) -> SysResult {
+    // SAFETY: as `forward_always`.
     unsafe { call_interruptible(nr, &args) }
 }
 
-/// As [`forward`], for calls that must not be given up for a signal: those
-/// after which the guard could not start the whole again.
-pub(crate) fn forward_always(nr: u32, args: Args) -> SysResult {
-    // SAFETY: as `forward`.
-    unsafe { syscall(nr, args) }
+/// `mmap` for the program: memory that forwarded calls reach. The arguments
+/// are checked, as for [`forward`].
+pub(crate) fn map_for_program(args: Args) -> SysResult {
+    let flag = passage_flag();
+    // SAFETY: a mapping in user memory, by the caller's checks.
+    let at = decode(unsafe { raw_syscall(u64::from(__NR_mmap) | flag, args) })?;
+    if flag == 0
+        && let Some(wall) = Wall::get()
+    {
+        let [_, len, prot, ..] = args;
+        let len = len.next_multiple_of(PAGE_SIZE);
+        // SAFETY: mapped just now, for the program.
+        if let Err(errno) = unsafe { wall.give(at, len, prot as u32) } {
+            let _ = forward_always(__NR_munmap, [at, len, 0, 0, 0, 0]);
+            return Err(Errno::new(errno.0).unwrap_or(Errno::ENOMEM));
+        }
+    }
+    Ok(at)
 }
 
 /// A pointer to the guard's own memory, as an argument.
@@ -162,7 +236,7 @@ pub(crate) fn own_mut<T: ?Sized>(value: &mut T) -> u64 {
 pub(crate) fn user_pointer(addr: u64, len: u64) -> Result<u64, Errno> {
     if addr == 0 || len == 0 {
         Ok(0)
-    } else if UserRange::new(addr, len).is_some() {
+    } else if UserRange::new(addr, len).is_some() || !checks_pointers() {
         Ok(addr)
     } else {
         Err(Errno::EFAULT)
@@ -170,6 +244,15 @@ pub(crate) fn user_pointer(addr: u64, len: u64) -> Result<u64, Errno> {
 }
 
 impl Guard {
+    /// Lends a copy to the host kernel, for a forwarded call.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn lend<T: IntoBytes + Immutable + ?Sized>(&self, value: &T) -> Result<Lent, Errno> {
+        self.bounce.lend(value)
+    }
+
     /// As [`user_pointer`], for memory that the host kernel may write.
     ///
     /// # Errors
@@ -207,8 +290,7 @@ impl Guard {
                 Arg::Path | Arg::Text | Arg::SigSet if value == 0 => 0,
                 Arg::SigSet => {
                     let set: SigSet = self.memory().read_value(value)?;
-                    *self.strings.set = mask_for_host(set);
-                    own(&*self.strings.set)
+                    self.strings.lend_set(mask_for_host(set))?
                 }
                 Arg::Path | Arg::Text => {
                     let at = self.copy_string(value, strings_used, *kind)?;
@@ -244,7 +326,11 @@ impl Guard {
         if kind == Arg::Path {
             procfs::replace_exe_link(&self.program, buffer, len)?;
         }
-        Ok(own(&buffer[..]))
+        let len = buffer
+            .iter()
+            .position(|&byte| byte == 0)
+            .map_or(len, |zero| zero + 1);
+        self.strings.lend_text(which, len)
     }
 
     /// Copies a path into one of the guard's buffers and returns its address.

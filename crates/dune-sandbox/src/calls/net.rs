@@ -13,8 +13,9 @@ use linux_raw_sys::net::{
     AF_INET, AF_INET6, AF_NETLINK, AF_UNIX, SO_RCVTIMEO, SO_SNDTIMEO, SOCK_RAW, SOL_SOCKET,
 };
 
+use crate::bounce::Lent;
 use crate::calls::net_policy::Naming;
-use crate::calls::{forward, forward_always, own, own_mut};
+use crate::calls::{forward, forward_always, own_mut};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -43,9 +44,13 @@ impl Address {
         Ok(Self { bytes, len })
     }
 
-    /// Where the copy lies, for the kernel, while `self` lives and stays.
-    pub(crate) fn pointer(&self) -> u64 {
-        own(&self.bytes)
+    /// A copy for the kernel.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn lend(&self, guard: &Guard) -> Result<Lent, Errno> {
+        guard.lend(&self.bytes)
     }
 
     /// Its number of bytes.
@@ -114,7 +119,8 @@ pub(crate) fn bind(guard: &mut Guard, args: Args) -> SysResult {
     let [fd, addr, len, ..] = args;
     let mut address = Address::read(guard, addr, len)?;
     guard.may_name(Naming::Bind, &mut address)?;
-    forward(__NR_bind, [fd, address.pointer(), address.len(), 0, 0, 0])
+    let lent = address.lend(guard)?;
+    forward(__NR_bind, [fd, lent.pointer(), address.len(), 0, 0, 0])
 }
 
 pub(crate) fn connect(guard: &mut Guard, args: Args) -> SysResult {
@@ -122,9 +128,10 @@ pub(crate) fn connect(guard: &mut Guard, args: Args) -> SysResult {
     let mut address = Address::read(guard, addr, len)?;
     let socket = guard.hold_socket(fd)?;
     guard.may_name(Naming::Connect(socket.fd()), &mut address)?;
+    let lent = address.lend(guard)?;
     forward(
         __NR_connect,
-        [socket.fd(), address.pointer(), address.len(), 0, 0, 0],
+        [socket.fd(), lent.pointer(), address.len(), 0, 0, 0],
     )
 }
 
@@ -143,7 +150,8 @@ pub(crate) fn sendto(guard: &mut Guard, args: Args) -> SysResult {
         let socket = guard.hold_socket(fd)?;
         let fd = socket.fd();
         guard.may_name(Naming::Send(fd, "sendto"), &mut address)?;
-        let to = [fd, data, count, flags, address.pointer(), address.len()];
+        let lent = address.lend(guard)?;
+        let to = [fd, data, count, flags, lent.pointer(), address.len()];
         forward(__NR_sendto, to)
     };
     bounded(guard, fd, SO_SNDTIMEO, result)
@@ -190,8 +198,10 @@ pub(crate) fn list_interfaces(guard: &mut Guard, fd: u64, argument: u64) -> SysR
     let [len, list]: [u64; 2] = guard.memory().read_value(argument)?;
     let len = len & LEN;
     let mut copy = [len, guard.user_output(list, len)?];
-    let args = [fd, u64::from(SIOCGIFCONF), own_mut(&mut copy), 0, 0, 0];
+    let lent = guard.lend(&copy)?;
+    let args = [fd, u64::from(SIOCGIFCONF), lent.pointer(), 0, 0, 0];
     let result = forward(__NR_ioctl, args)?;
+    lent.read_into(&mut copy);
     guard.memory().write_value(argument, &(copy[0] as u32))?;
     Ok(result)
 }
@@ -199,6 +209,7 @@ pub(crate) fn list_interfaces(guard: &mut Guard, fd: u64, argument: u64) -> SysR
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::own;
     use crate::testing::{UserPages, guard};
 
     #[test]

@@ -37,6 +37,8 @@ pub(crate) struct Process {
     pub(crate) auxv: Vec<u8>,
     /// The limits that bind the program and must not bind the guard.
     pub(crate) limits: Limits,
+    /// The flags of its `personality`.
+    pub(crate) personality: u32,
 }
 
 impl Process {
@@ -47,9 +49,18 @@ impl Process {
             environment: (0, 0),
             auxv: Vec::new(),
             limits: Limits::of_this_process(),
+            personality: 0,
         }
     }
+
+    /// Whether programs are to be put at random places.
+    pub(crate) fn is_randomized(&self) -> bool {
+        self.personality & ADDR_NO_RANDOMIZE == 0
+    }
 }
+
+/// Of `personality`: programs that are started from here on get no random places.
+const ADDR_NO_RANDOMIZE: u32 = 0x0004_0000;
 
 /// A resource limit: soft and hard value.
 pub(crate) type Limit = [u64; 2];
@@ -252,8 +263,9 @@ fn limit_call(guard: &mut Guard, resource: u64, new: u64, old: u64) -> SysResult
                 refuse_lower_hard_limit(guard, resource, new)?;
             }
             let new = new.as_ref().map_or(0, own);
+            // Both are the guard's.
             let args = [0, u64::from(resource), new, own_mut(&mut previous), 0, 0];
-            forward(__NR_prlimit64, args)?;
+            forward_always(__NR_prlimit64, args)?;
             previous
         }
     };
@@ -287,11 +299,20 @@ pub(crate) fn prlimit64(guard: &mut Guard, args: Args) -> SysResult {
     limit_call(guard, resource, new, old)
 }
 
-/// Linux's own personality, and only that.
-pub(crate) fn personality(_guard: &mut Guard, args: Args) -> SysResult {
+/// Linux's own personality, with random places for programs or without. The guard places
+/// programs, so that the host's own is not touched; other flags change how the kernel maps
+/// memory or what it says of itself, which the guard does not have.
+pub(crate) fn personality(guard: &mut Guard, args: Args) -> SysResult {
     const QUERY: u32 = u32::MAX;
-    match args[0] as u32 {
-        QUERY | 0 => Ok(0),
+    let asked = args[0] as u32;
+    let mut process = guard.program.process_mut();
+    let previous = u64::from(process.personality);
+    match asked {
+        QUERY => Ok(previous),
+        _ if asked & !ADDR_NO_RANDOMIZE == 0 => {
+            process.personality = asked;
+            Ok(previous)
+        }
         _ => Err(Errno::EINVAL),
     }
 }
@@ -321,7 +342,7 @@ pub(crate) fn prctl(guard: &mut Guard, args: Args) -> SysResult {
                 Err(Errno::ENAMETOOLONG) => name[NAME_LEN - 1] = 0,
                 Err(errno) => return Err(errno),
             }
-            forward(__NR_prctl, [u64::from(option), own(&name), 0, 0, 0, 0])
+            forward_always(__NR_prctl, [u64::from(option), own(&name), 0, 0, 0, 0])
         }
         PR_GET_NAME => forward(__NR_prctl, to_user(NAME_LEN as u64)?),
         PR_GET_PDEATHSIG | PR_GET_CHILD_SUBREAPER => forward(__NR_prctl, to_user(4)?),

@@ -10,6 +10,7 @@
 //! | `maps` and others with addresses, and `environ`, of other processes | `EACCES` |
 //! | own `maps` | its own mappings, with its own rights |
 //! | `stat` of any process | the addresses in it are zero |
+//! | own `stat`, `status` | as many threads as the program has |
 //! | own `cmdline`, `environ` | its own strings |
 //! | own `smaps`, `pagemap`, `map_files`, `auxv` and others with addresses | `EACCES` |
 //! | `/proc/self/exe` by that name | the program's own file |
@@ -35,7 +36,7 @@ use linux_raw_sys::general::{
 
 use crate::calls::file::give_up;
 use crate::calls::opened::{Stat, is_on_proc};
-use crate::calls::{forward, forward_always, own, own_mut};
+use crate::calls::{forward_always, forward_interruptible, own, own_mut};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult, move_fd_high};
@@ -165,7 +166,8 @@ impl<'a> HiddenName<'a> {
         let flags = flags & !u64::from(O_CREAT | O_EXCL | O_NOFOLLOW);
         let link = self.link();
         let cwd = AT_FDCWD as i64 as u64;
-        forward(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
+        // The guard's own path, and numbers.
+        forward_interruptible(__NR_openat, [cwd, own(link.as_bytes()), flags, 0, 0, 0])
     }
 
     /// Gives the program a descriptor of the same name.
@@ -362,7 +364,11 @@ enum View {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
     Maps,
+    /// Of any process.
     Stat,
+    /// Of the program's own.
+    OwnStat,
+    Status,
     CommandLine,
     Environment,
 }
@@ -408,7 +414,8 @@ fn view(path: &[u8], is_own: impl Fn(u32) -> bool) -> View {
     }
     match name {
         b"maps" => View::Rendered(What::Maps),
-        b"stat" => View::Rendered(What::Stat),
+        b"stat" => View::Rendered(What::OwnStat),
+        b"status" => View::Rendered(What::Status),
         b"cmdline" => View::Rendered(What::CommandLine),
         b"environ" => View::Rendered(What::Environment),
         b"smaps" | b"smaps_rollup" | b"numa_maps" | b"pagemap" | b"map_files" | b"auxv"
@@ -436,14 +443,19 @@ fn render(guard: &Guard, what: What, host: &[u8]) -> Result<Vec<u8>, Errno> {
             let block = guard.program.process().environment;
             strings(block)
         }
-        What::Stat => render_stat(host),
+        What::Stat => render_stat(host, None),
+        What::OwnStat => render_stat(host, Some(guard.program.threads.count(guard.pid()))),
+        What::Status => render_status(host, guard.program.threads.count(guard.pid())),
         What::Maps => render_maps(guard, host),
     })
 }
 
 /// Zeroes the fields that are addresses (proc(5): 26 to 30 and 45 to 51,
-/// counted from 1).
-fn render_stat(text: &[u8]) -> Vec<u8> {
+/// counted from 1), and says how many `threads` there are (20), if that is known
+/// better than by the host kernel: it counts threads of its own for the VM.
+fn render_stat(text: &[u8], threads: Option<usize>) -> Vec<u8> {
+    let threads = threads.map(|count| count.to_string());
+
     // The name in parentheses may hold blanks and parentheses.
     let Some(end_of_name) = text.iter().rposition(|&byte| byte == b')') else {
         return Vec::new();
@@ -455,12 +467,26 @@ fn render_stat(text: &[u8]) -> Vec<u8> {
         .map(|(index, field)| {
             // Field 3 is the first after the name; the split's item 0 is empty.
             match index + 2 {
+                20 => threads.as_ref().map_or(field, String::as_bytes),
                 26..=30 | 45..=51 => &b"0"[..],
                 _ => field,
             }
         });
     let mut rendered = head.to_vec();
     rendered.extend(fields.collect::<Vec<_>>().join(&b' '));
+    rendered
+}
+
+/// The host's lines, but for the number of threads.
+fn render_status(text: &[u8], threads: usize) -> Vec<u8> {
+    let mut rendered = Vec::new();
+    for line in text.split_inclusive(|&byte| byte == b'\n') {
+        if line.starts_with(b"Threads:") {
+            rendered.extend_from_slice(format!("Threads:\t{threads}\n").as_bytes());
+        } else {
+            rendered.extend_from_slice(line);
+        }
+    }
     rendered
 }
 
@@ -503,6 +529,7 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
         let name: &[u8] = match area.attributes.backing {
             Backing::Heap => b"[heap]",
             Backing::Stack => b"[stack]",
+            Backing::Clock => b"[vvar]",
             Backing::Anonymous | Backing::File => b"",
         };
         if !name.is_empty() {
@@ -651,7 +678,10 @@ mod tests {
         assert_eq!(view(b"/proc/4712/status", pid), View::AsItIs);
         assert_eq!(view(b"/proc/stat", pid), View::AsItIs);
         assert_eq!(view(b"/proc/meminfo", pid), View::AsItIs);
-        assert_eq!(view(b"/proc/4711/status", pid), View::AsItIs);
+        for (name, what) in [("stat", What::OwnStat), ("status", What::Status)] {
+            let path = format!("/proc/4711/{name}");
+            assert_eq!(view(path.as_bytes(), pid), View::Rendered(what));
+        }
     }
 
     #[test]
@@ -681,7 +711,7 @@ mod tests {
     #[test]
     fn addresses_in_stat_are_zero() {
         let real = std::fs::read("/proc/self/stat").unwrap();
-        let rendered = String::from_utf8(render_stat(&real)).unwrap();
+        let rendered = String::from_utf8(render_stat(&real, Some(77))).unwrap();
         let real = String::from_utf8(real).unwrap();
         let fields = |text: &str| -> Vec<String> {
             text.rsplit_once(')')
@@ -696,10 +726,26 @@ mod tests {
         assert_eq!(real.len(), rendered.len());
         for (index, (real, rendered)) in real.iter().zip(&rendered).enumerate() {
             match index + 3 {
+                20 => assert_eq!(rendered, "77"),
                 26..=30 | 45..=51 => assert_eq!(rendered, "0"),
                 _ => assert_eq!(rendered, real),
             }
         }
+    }
+
+    #[test]
+    fn the_threads_in_status_are_the_programs() {
+        let real = std::fs::read("/proc/self/status").unwrap();
+        let rendered = String::from_utf8(render_status(&real, 77)).unwrap();
+        let real = String::from_utf8(real).unwrap();
+        assert!(rendered.contains("\nThreads:\t77\n"));
+        for (real, rendered) in real.lines().zip(rendered.lines()) {
+            assert!(
+                real == rendered || real.starts_with("Threads:"),
+                "{rendered}"
+            );
+        }
+        assert_eq!(real.lines().count(), rendered.lines().count());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use linux_raw_sys::general::{
     __NR_pidfd_send_signal, __NR_rt_sigqueueinfo, __NR_rt_tgsigqueueinfo,
 };
 
-use crate::calls::{Answer, forward, own};
+use crate::calls::{Answer, forward};
 use crate::engine::UserState;
 use crate::guard::{Guard, Resume};
 use crate::host::{Errno, SysResult};
@@ -118,7 +118,11 @@ fn queue<const INFO: usize>(
         };
     }
     // The copy that was looked at.
-    args[INFO] = own(&info);
+    let lent = match guard.lend(&info) {
+        Ok(lent) => lent,
+        Err(errno) => return Answer::Return(Err(errno)),
+    };
+    args[INFO] = lent.pointer();
     Answer::Return(forward(nr, args))
 }
 
@@ -134,8 +138,10 @@ fn queue_fault(guard: &mut Guard, user: &mut UserState, mut info: SigInfo) -> An
         // It waits in the host, or the host acts on it: as an ordinary signal.
         info.code = SI_QUEUE;
         let pid = u64::from(guard.pid());
-        let args = [pid, u64::from(signal), own(&info), 0, 0, 0];
-        return Answer::Return(forward(__NR_rt_sigqueueinfo, args));
+        return Answer::Return(guard.lend(&info).and_then(|info| {
+            let args = [pid, u64::from(signal), info.pointer(), 0, 0, 0];
+            forward(__NR_rt_sigqueueinfo, args)
+        }));
     }
     user.regs.rax = 0;
     answer_of(guard.deliver_fault(user, info, FaultContext::default()))
@@ -165,9 +171,10 @@ pub(crate) fn pidfd_send_signal(guard: &mut Guard, args: Args) -> SysResult {
     if info.is_fault_of_the_thread() {
         return Err(Errno::EPERM);
     }
+    let info = guard.lend(&info)?;
     forward(
         __NR_pidfd_send_signal,
-        [fd, signal, own(&info), flags, 0, 0],
+        [fd, signal, info.pointer(), flags, 0, 0],
     )
 }
 

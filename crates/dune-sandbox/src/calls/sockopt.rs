@@ -9,7 +9,7 @@
 use linux_raw_sys::general::{__NR_getsockopt, __NR_setsockopt};
 use linux_raw_sys::net::*;
 
-use crate::calls::{forward, own_mut};
+use crate::calls::forward;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -272,10 +272,9 @@ pub(crate) fn getsockopt(guard: &mut Guard, args: Args) -> SysResult {
     let bytes = u64::try_from(len).map_err(|_| Errno::EINVAL)?;
     // With no bytes the kernel still tells whether it knows the option.
     let value = guard.user_output(value, bytes)?;
-    let result = forward(
-        __NR_getsockopt,
-        [fd, level, name, value, own_mut(&mut len), 0],
-    );
+    let lent = guard.lend(&len)?;
+    let result = forward(__NR_getsockopt, [fd, level, name, value, lent.pointer(), 0]);
+    lent.read_into(&mut len);
     match result {
         Ok(result) => {
             guard.memory().write_value(len_at, &len)?;

@@ -14,7 +14,7 @@ use linux_raw_sys::general::{
     FUTEX_WAKE,
 };
 
-use crate::calls::{Answer, fork, forward, forward_always, own};
+use crate::calls::{Answer, fork, forward, forward_always, forward_at_once, own};
 use crate::engine::{Seed, UserState};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
@@ -317,6 +317,7 @@ fn clear_tid(program: &Program, at: u64) {
     }
     let memory = crate::user::UserMemory::new(program.memory_lock(), program.pid());
     let _ = memory.write_value(at, &0_u32);
+    // The guard, and with it the thread's way behind the wall, is gone; waking accesses nothing.
     let _ = forward_always(__NR_futex, [at, u64::from(FUTEX_WAKE), ONE, 0, 0, 0]);
 }
 
@@ -421,7 +422,7 @@ impl Guard {
         }
         let left = FUTEX_OWNER_DIED | FUTEX_WAITERS;
         if self.memory().write_value(at, &left).is_ok() {
-            let _ = forward_always(__NR_futex, [at, u64::from(FUTEX_WAKE), 1, 0, 0, 0]);
+            let _ = forward_at_once(__NR_futex, [at, u64::from(FUTEX_WAKE), 1, 0, 0, 0]);
         }
     }
 

@@ -6,7 +6,7 @@ use linux_raw_sys::general::{
     FUTEX_WAIT_BITSET, FUTEX_WAIT_REQUEUE_PI, FUTEX_WAKE, FUTEX_WAKE_BITSET, FUTEX_WAKE_OP,
 };
 
-use crate::calls::{forward, own, user_pointer};
+use crate::calls::{forward, user_pointer};
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::signal::{SigSet, host};
@@ -64,17 +64,15 @@ pub(crate) fn pselect6(guard: &mut Guard, args: Args) -> SysResult {
         return Err(Errno::EINVAL);
     }
     if set == 0 {
-        let copy = [0, size];
-        return forward(
-            __NR_pselect6,
-            [nfds, read, write, except, timeout, own(&copy)],
-        );
+        let copy = guard.lend(&[0, size])?;
+        let args = [nfds, read, write, except, timeout, copy.pointer()];
+        return forward(__NR_pselect6, args);
     }
     let set: SigSet = guard.memory().read_value(set)?;
-    let set = host::mask_for_host(set);
-    let copy = [own(&set), size];
+    let set = guard.lend(&host::mask_for_host(set))?;
+    let copy = guard.lend(&[set.pointer(), size])?;
     forward(
         __NR_pselect6,
-        [nfds, read, write, except, timeout, own(&copy)],
+        [nfds, read, write, except, timeout, copy.pointer()],
     )
 }

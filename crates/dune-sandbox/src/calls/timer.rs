@@ -2,7 +2,7 @@
 
 use linux_raw_sys::general::__NR_timer_create;
 
-use crate::calls::{forward, own};
+use crate::calls::forward;
 use crate::guard::Guard;
 use crate::host::{Errno, SysResult};
 use crate::table::Args;
@@ -23,5 +23,6 @@ pub(crate) fn timer_create(guard: &mut Guard, args: Args) -> SysResult {
     if event[NOTIFY] & SIGEV_THREAD_ID != 0 && !guard.program.threads.has(event[THREAD]) {
         return Err(Errno::EINVAL);
     }
-    forward(__NR_timer_create, [clock, own(&event), id, 0, 0, 0])
+    let event = guard.lend(&event)?;
+    forward(__NR_timer_create, [clock, event.pointer(), id, 0, 0, 0])
 }

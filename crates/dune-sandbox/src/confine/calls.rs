@@ -8,7 +8,7 @@
 //! A few calls are looked at more closely:
 //!
 //! - `unshare`, which the guard itself uses, of descriptors only;
-//! - `mmap` and `mprotect` with `PROT_EXEC`: the host process needs no memory
+//! - `mmap`, `mprotect` and `pkey_mprotect` with `PROT_EXEC`: the host process needs no memory
 //!   that can be executed beyond what it was started with, for the program's
 //!   code is executed in the guest only;
 //! - `socket` by its family, as the policy's network says.
@@ -33,6 +33,8 @@ const GUARDS_OWN: &[u32] = &[
     // Copies from and to memory that may vanish (`crate::user`).
     __NR_process_vm_readv,
     __NR_process_vm_writev,
+    // Memory under the key of the program's (`dune_kvm::wall`).
+    __NR_pkey_mprotect,
     // Signals: their frames, and the threads' stacks for them.
     __NR_rt_sigreturn,
     __NR_restart_syscall,
@@ -87,7 +89,7 @@ fn program(net: Net) -> Result<BpfProgram, seccompiler::BackendError> {
         SeccompCmpOp::MaskedEq(u64::from(PROT_EXEC)),
         0,
     )?;
-    for nr in [__NR_mmap, __NR_mprotect] {
+    for nr in [__NR_mmap, __NR_mprotect, __NR_pkey_mprotect] {
         rules.insert(nr.into(), vec![SeccompRule::new(vec![no_exec.clone()])?]);
     }
     // A thread of the guard that reads a file where no other thread has it.

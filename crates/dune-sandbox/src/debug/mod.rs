@@ -9,11 +9,11 @@
 //! ```
 //!
 //! gdb's side is a thread of its own, which never runs ring 3 and has every
-//! signal blocked ([`server`]). The protocol is the crate `gdbstub`'s;
-//! [`wire`] adds what that does not have. The program's threads stop between
-//! two runs of ring 3 ([`hook`]), in [`control`], all of them or those that gdb
+//! signal blocked (`server`). The protocol is the crate `gdbstub`'s;
+//! `wire` adds what that does not have. The program's threads stop between
+//! two runs of ring 3 (`hook`), in `control`, all of them or those that gdb
 //! does not let run. What gdb reads and writes goes through the guard's checked
-//! copies ([`memory`]), so that it reaches the program and nothing else of this
+//! copies (`memory`), so that it reaches the program and nothing else of this
 //! process.
 //!
 //! Without a debugger nothing of this is on the way of a trap: threads get here
@@ -59,6 +59,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use dune_kvm::wall::Wall;
 use linux_raw_sys::general::__NR_umask;
 
 use self::control::Control;
@@ -266,6 +267,8 @@ fn start(control: Arc<Control>, listener: Listener, begun: Receiver<Begun>) -> i
         .name("debugger".to_owned())
         .spawn(move || {
             if let Ok(begun) = begun.recv() {
+                // This thread may be older than the engine.
+                Wall::open_for_this_thread();
                 server::serve(&control, begun, listener);
             }
         });

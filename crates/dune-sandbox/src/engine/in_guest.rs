@@ -27,7 +27,8 @@ use dune::{Answers, TrapFrame, UserContext, vector};
 use dune_x86::addr::GuestVirt;
 
 use super::{
-    Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
 };
 use crate::range::{PageRange, USER_HI};
 use crate::table::{self, Constant};
@@ -125,6 +126,10 @@ impl InGuest {
     ///
     /// If Dune mode cannot be entered.
     pub fn new() -> Result<Self, EngineError> {
+        // Natively: the rights that a wall gives and takes are the host's.
+        if !dune::is_inside() && super::build_wall().is_some() {
+            dune::signals::adopt_handlers();
+        }
         dune::enter().map_err(|error| EngineError::Kvm {
             what: "Dune mode",
             source: std::io::Error::other(error),
@@ -278,6 +283,27 @@ impl Engine for InGuest {
         Some(Box::new(Used(Arc::clone(&self.space))))
     }
 
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        dune::shows_clock_data()
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        let range = virt_range(range);
+        let _edit = self
+            .space
+            .edit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the kernel's data, which everybody may read and nobody can write or unmap;
+        // ring 3 gets the right to read alone.
+        unsafe {
+            self.space
+                .space
+                .replace_memory(range, data, user_flags(Access::READ))
+        }
+        .map_err(refused)
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.space.unmap(virt_range(range))
     }
@@ -324,8 +350,19 @@ impl Engine for InGuest {
         Ok(())
     }
 
+    fn passage(&self) -> Passage {
+        Passage::ByRuntime
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         NonNull::from(&*self.kick)
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: dune::vcpus(),
+            slots: dune::windows(),
+        }
     }
 
     fn fds(&self) -> Vec<RawFd> {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Access, Engine, EngineError, Seed, Trap, UserState};
+use super::{Access, Engine, EngineError, Holdings, Seed, Trap, UserState};
 use crate::range::PageRange;
 
 /// Bytes of extended state that the mock keeps: FXSAVE area and XSAVE header.
@@ -132,6 +132,10 @@ impl Engine for MockEngine {
 
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         NonNull::from(&*self.kick)
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings::default()
     }
 
     fn fds(&self) -> Vec<RawFd> {

@@ -40,9 +40,13 @@
 //! inside the guest. Rights are given in the other order: host first, `admit`
 //! at the next fault.
 
+#![expect(unsafe_code, reason = "the wall of protection keys is built")]
+
 pub mod in_guest;
 pub mod mock;
 pub mod on_host;
+
+use dune_kvm::wall::{Slot, Wall};
 
 use crate::range::PageRange;
 
@@ -192,6 +196,15 @@ impl Trap {
     }
 }
 
+/// What engines hold of the machine, for as long as their program runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Virtual CPUs: as many as there were threads at once, at most.
+    pub vcpus: usize,
+    /// Memory slots of the virtual machine.
+    pub slots: usize,
+}
+
 /// The engine cannot go on; the program cannot be run any further.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -219,6 +232,34 @@ pub enum EngineError {
         /// What it was for.
         what: &'static str,
     },
+}
+
+/// How a call with arguments of the program gets from the guard to the host
+/// kernel: behind the wall of protection keys ([`dune_kvm::wall`]), where the
+/// machine has them.
+#[derive(Clone, Copy, Debug)]
+pub enum Passage {
+    /// As any call: there is no wall.
+    Open,
+    /// By the Dune runtime, which sees to the wall ([`dune::WALLED`]).
+    ByRuntime,
+    /// By [`dune_kvm::wall::call`]. The thread has no restartable sequences.
+    Walled {
+        /// The thread's stack for signal frames.
+        stack: &'static Slot,
+    },
+}
+
+/// The wall of protection keys, built if there is none and the machine has keys.
+/// The calling thread must run natively; it and the threads that it makes can
+/// reach the program's memory from then on.
+fn build_wall() -> Option<&'static Wall> {
+    if !dune_kvm::wall::has_protection_keys() {
+        return None;
+    }
+    dune::forgo_restartable_sequences();
+    // SAFETY: the registration was taken back above.
+    unsafe { Wall::build() }
 }
 
 /// Runs one thread of ring 3. See the module documentation for the protocol.
@@ -271,6 +312,22 @@ pub trait Engine {
     /// As [`Engine::admit`].
     fn admit_ahead(&mut self, _range: PageRange, _access: Access) -> Result<(), EngineError> {
         Ok(())
+    }
+
+    /// Whether ring 3 can be shown the kernel's data for clocks, `len` bytes at
+    /// `data` of the host process. Asked once, before anything runs.
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        false
+    }
+
+    /// Lets ring 3 read, at `range`, the host process's memory at `data`, which
+    /// lies in what [`Engine::shows_clock`] was asked of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::admit`].
+    fn admit_clock(&mut self, _range: PageRange, _data: u64) -> Result<(), EngineError> {
+        Err(EngineError::NoMemory { what: "clocks" })
     }
 
     /// Takes `range` out of ring 3's reach; pages that were never admitted may
@@ -345,12 +402,21 @@ pub trait Engine {
     /// If the virtual CPU refuses it.
     fn reset_xstate(&mut self) -> Result<(), EngineError>;
 
+    /// How this thread's calls for the program are made.
+    fn passage(&self) -> Passage {
+        Passage::Open
+    }
+
     /// A byte that a signal handler of the guard sets to 1 to make
     /// [`Engine::run`] return [`Trap::Interrupted`]. For KVM it is
     /// `kvm_run.immediate_exit`, which has no gap between the check and the
     /// wait: a signal that comes before `KVM_RUN` sets the byte, one that
     /// comes during it makes it return. Valid as long as the engine is.
     fn kick_byte(&self) -> core::ptr::NonNull<core::sync::atomic::AtomicU8>;
+
+    /// What the engine and its siblings hold of the machine now. Costs a lock;
+    /// not for the hot path.
+    fn holdings(&self) -> Holdings;
 
     /// File descriptors of the engine and its siblings, which the program must
     /// neither use nor close. They change by [`Engine::seed`], [`Seed::grow`]

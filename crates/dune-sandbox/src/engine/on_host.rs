@@ -56,6 +56,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dune_kvm::wall::{Stack, Wall};
 use dune_x86::addr::{GuestPhys, GuestVirt, PageSize, VirtRange};
 use dune_x86::descriptors::{KERNEL_CS, RFLAGS_FIXED, RFLAGS_IF, USER_CS, USER_SS};
 use dune_x86::paging::{MapError, NoFlush, PageTable, PteFlags};
@@ -67,8 +68,10 @@ use self::arenas::{Handle, Memory, Short, WINDOW};
 use self::layout::{CpuIndex, Frame, MOST_CPUS, Stub};
 use self::machine::{Exit, KVM_XSAVE_BYTES, Landing, Machine, Vm};
 use super::{
-    Access, Engine, EngineError, PageFaultError, Seed, Trap, Usage, UserRegs, UserState, seen_leaf,
+    Access, Engine, EngineError, Holdings, PageFaultError, Passage, Seed, Trap, Usage, UserRegs,
+    UserState, seen_leaf,
 };
+use crate::clock;
 use crate::host;
 use crate::range::PageRange;
 use crate::signal::host::thread_id;
@@ -107,6 +110,9 @@ pub struct OnHost {
     /// How often KVM has failed to supply a page, and not said which, since
     /// the last sign of progress.
     suspicion: u32,
+    /// For signal frames while the host kernel works behind the wall, if there
+    /// is one.
+    wall_stack: Option<Stack>,
     /// Whether calls whose answer never changes may be answered unseen.
     unseen: bool,
 }
@@ -223,6 +229,10 @@ impl Shared {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn made(&self) -> MutexGuard<'_, Vec<Made>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A vCPU that nobody uses, an old one if there is any.
     fn cpu(&self) -> Result<Cpu, EngineError> {
         let idle = self
@@ -249,7 +259,7 @@ impl Shared {
     }
 
     fn new_cpu(&self) -> Result<Cpu, EngineError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made();
         let index = CpuIndex(made.len() as u32);
         if index.0 >= MOST_CPUS {
             return Err(EngineError::NoMemory {
@@ -296,7 +306,7 @@ impl Shared {
     /// This value and everything made by it must be forgotten, not dropped. The device is the
     /// caller's from then on.
     unsafe fn abandon(&self) -> OwnedFd {
-        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.made();
         for made in made.iter() {
             let (start, len) = made.area;
             // SAFETY: the area of a vCPU that nobody will use.
@@ -324,23 +334,23 @@ impl OnHost {
     ///
     /// If there is no usable KVM, or it refuses a request.
     pub fn new() -> Result<Self, EngineError> {
-        Self::on(None)
+        Self::on(None, stack_behind(super::build_wall())?)
     }
 
-    fn on(device: Option<OwnedFd>) -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new(device)?);
+    fn on(device: Option<OwnedFd>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
+        Self::in_vm(Arc::new(Shared::new(device)?), wall_stack)
+    }
+
+    fn in_vm(shared: Arc<Shared>, wall_stack: Option<Stack>) -> Result<Self, EngineError> {
         let cpu = shared.cpu()?;
-        Ok(Self::with(shared, cpu))
-    }
-
-    fn with(shared: Arc<Shared>, cpu: Cpu) -> Self {
-        Self {
+        Ok(Self {
             shared,
             cpu: ManuallyDrop::new(cpu),
             ahead: (0, 0),
             suspicion: 0,
             unseen: false,
-        }
+            wall_stack,
+        })
     }
 
     fn user_address(&self, gpa: u64) -> Option<u64> {
@@ -411,7 +421,12 @@ impl OnHost {
                     self.store_regs(user, &regs);
                     let mut error = PageFaultError::USER;
                     error.set(PageFaultError::WRITE, write);
-                    let addr = self.user_address(gpa).unwrap_or(regs.rip);
+                    let Some(addr) = self.user_address(gpa) else {
+                        // Its window was taken back meanwhile: the next try ends
+                        // in a page fault.
+                        self.suspect_everything()?;
+                        break Trap::Interrupted;
+                    };
                     break Trap::HostFault { addr, error };
                 }
                 Exit::Unbacked { gpa } => match gpa.and_then(|gpa| self.user_address(gpa)) {
@@ -675,15 +690,17 @@ impl OnHost {
         PageRange::new(start, end - start).unwrap_or(area)
     }
 
-    /// Runs one of the snippets that work on the extended state, which ring 3
-    /// has to do by itself where KVM's requests do not carry all of it.
-    fn run_snippet(&mut self, rip: u64) -> Result<(), EngineError> {
+    /// Runs one of the snippets: those that work on the extended state, which
+    /// ring 3 has to do by itself where KVM's requests do not carry all of it,
+    /// and the one that tries out whether a word can be read. After an error
+    /// the engine is of no more use.
+    fn run_snippet(&mut self, rip: u64, rdi: u64) -> Result<(), EngineError> {
         let mask = self.cpu.machine.xstate().xcr0;
         let mut user = UserState {
             regs: UserRegs {
                 rax: mask & 0xffff_ffff,
                 rdx: mask >> 32,
-                rdi: self.cpu.index.scratch(),
+                rdi,
                 rip,
                 ..UserRegs::default()
             },
@@ -707,7 +724,7 @@ impl OnHost {
             unsafe { self.cpu.machine.kick_byte().as_ref() }.store(1, Ordering::SeqCst);
         }
         let end = self.cpu.machine.regs().rip;
-        let at_end = layout::stub_at(end, self.cpu.machine.landing()) == Some(Stub::XState);
+        let at_end = layout::stub_at(end, self.cpu.machine.landing()) == Some(Stub::Snippet);
         if at_end && exit == Exit::Out(u16::from(layout::PORT)) {
             self.store(&mut user);
             return Ok(());
@@ -773,6 +790,27 @@ impl Engine for OnHost {
         self.shared.guest().map(range, user_flags(access))
     }
 
+    fn shows_clock(&mut self, _data: u64, _len: u64) -> bool {
+        let first = virt_range(layout::CLOCK, layout::CLOCK + PAGE);
+        let shown = self.shared.guest().map_clock(first, 0);
+        if shown.is_ok() && self.run_snippet(layout::look(), layout::CLOCK).is_ok() {
+            return true;
+        }
+        // The vCPU stands anywhere.
+        if let Ok(new) = Self::new() {
+            *self = new;
+        }
+        false
+    }
+
+    fn admit_clock(&mut self, range: PageRange, data: u64) -> Result<(), EngineError> {
+        let start = clock::host().map_or(0, |clock| clock.data);
+        let range = virt_range(range.start(), range.end());
+        self.shared
+            .guest()
+            .map_clock(range, data.wrapping_sub(start))
+    }
+
     fn revoke(&mut self, range: PageRange) -> Result<(), EngineError> {
         self.shared
             .guest()
@@ -780,15 +818,16 @@ impl Engine for OnHost {
     }
 
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
-        let cpu = self.shared.cpu()?;
-        Ok(Box::new(Sown(Self::with(Arc::clone(&self.shared), cpu))))
+        let wall_stack = stack_behind(Wall::get())?;
+        let engine = Self::in_vm(Arc::clone(&self.shared), wall_stack)?;
+        Ok(Box::new(Sown(engine)))
     }
 
     fn renew(&mut self) -> Result<(), EngineError> {
         // SAFETY: the old engine is forgotten below, also if there is no new
         // one: then the process ends, as the trait says.
         let device = unsafe { self.shared.abandon() };
-        let new = Self::on(Some(device));
+        let new = Self::on(Some(device), self.wall_stack.take());
         let old = core::mem::replace(self, new?);
         let unseen = old.unseen;
         core::mem::forget(old);
@@ -816,7 +855,7 @@ impl Engine for OnHost {
         // initial state as they are.
         // SAFETY: the page is the guest's scratch, and the guest does not run.
         unsafe { self.cpu.scratch.write_bytes(0, PAGE as usize) };
-        self.run_snippet(layout::save())?;
+        self.run_snippet(layout::save(), self.cpu.index.scratch())?;
         // SAFETY: a copy of bytes; what they are is the program's business.
         unsafe { self.cpu.scratch.copy_to_nonoverlapping(non_null(area), len) };
         Ok(())
@@ -836,26 +875,47 @@ impl Engine for OnHost {
                 .as_ptr()
                 .copy_from_nonoverlapping(area.as_ptr(), len)
         };
-        self.run_snippet(layout::restore())
+        self.run_snippet(layout::restore(), self.cpu.index.scratch())
     }
 
     fn reset_xstate(&mut self) -> Result<(), EngineError> {
         self.cpu.reset_xstate()
     }
 
+    fn passage(&self) -> Passage {
+        match &self.wall_stack {
+            Some(stack) => Passage::Walled {
+                stack: stack.slot(),
+            },
+            None => Passage::Open,
+        }
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         self.cpu.machine.kick_byte()
     }
 
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            vcpus: self.shared.made().len(),
+            slots: self.shared.guest().memory.slots(),
+        }
+    }
+
     fn fds(&self) -> Vec<RawFd> {
-        let made = self
-            .shared
-            .made
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let made = self.shared.made();
         let vcpus = made.iter().map(|made| made.fd);
         vcpus.chain(self.shared.vm.fds()).collect()
     }
+}
+
+/// What a thread needs to make calls behind `wall`.
+fn stack_behind(wall: Option<&Wall>) -> Result<Option<Stack>, EngineError> {
+    wall.map(Stack::take)
+        .transpose()
+        .map_err(|_| EngineError::NoMemory {
+            what: "signal frames",
+        })
 }
 
 impl Drop for OnHost {
@@ -872,6 +932,10 @@ struct Sown(OnHost);
 
 impl Seed for Sown {
     fn grow(self: Box<Self>) -> Result<Box<dyn Engine>, EngineError> {
+        if self.0.wall_stack.is_some() {
+            // libc has registered the new thread.
+            dune::forgo_restartable_sequences();
+        }
         Ok(Box::new(self.0))
     }
 }
@@ -918,11 +982,26 @@ impl Guest {
         let mut start = range.start();
         while start < range.end() {
             let end = range.end().min((start | (WINDOW - 1)) + 1);
-            let gpa = self.memory.window(start).map_err(refused)?;
+            let gpa = self.window(start)?;
             self.map_piece(virt_range(start, end), GuestPhys::new_truncate(gpa), flags)?;
             start = end;
         }
         Ok(())
+    }
+
+    /// The guest physical address of `start`. Takes windows back where there are
+    /// many: what is not in the page tables now needs none.
+    fn window(&self, start: u64) -> Result<u64, EngineError> {
+        if self.memory.is_crowded() {
+            let is_used = |piece| {
+                let mut leaves = 0_u32;
+                self.tables
+                    .for_each_leaf(virt_range(piece, piece + WINDOW), |_| leaves += 1);
+                leaves > 0
+            };
+            self.memory.release_windows(is_used).map_err(refused)?;
+        }
+        self.memory.window(start).map_err(refused)
     }
 
     fn map_piece(
@@ -943,6 +1022,13 @@ impl Guest {
             result => result,
         };
         result.map_err(|_| no_tables(&self.memory))
+    }
+
+    /// Maps the kernel's data for clocks from `offset` on, for reading.
+    fn map_clock(&self, range: VirtRange, offset: u64) -> Result<(), EngineError> {
+        let gpa = self.memory.clock().map_err(refused)?;
+        let gpa = GuestPhys::new_truncate(gpa + offset);
+        self.map_piece(range, gpa, user_flags(Access::READ))
     }
 
     fn unmap(&self, range: VirtRange) -> Result<(), EngineError> {

@@ -57,6 +57,10 @@ impl Guard {
         user: &mut UserState,
         interrupted: Option<Interrupted>,
     ) -> Resume {
+        // Nearly every trap: a signal is large, also one that is not there.
+        if interrupted.is_none() && self.signals.held.is_none() && !record::is_disturbed() {
+            return Resume::Continue;
+        }
         let Some(info) = self.next_signal() else {
             if let Some(interrupted) = interrupted {
                 rewind(user, &interrupted);

@@ -15,7 +15,7 @@ use linux_raw_sys::general::{
 };
 
 use crate::host::{SysResult, syscall};
-use crate::signal::record::{KICK, call_interruptible, kick_info, recorder, take, take_kick};
+use crate::signal::record::{KICK, call_interruptible, handler, kick_info, take, take_kick};
 use crate::signal::{
     Action, DefaultAction, Disposition, SIG_DFL, SIG_IGN, SIGKILL, SIGNALS, SigSet, bit,
     default_action,
@@ -129,11 +129,10 @@ pub(crate) fn install(signal: u32, action: &Action) -> SysResult {
 
 /// Has the recorder note `signal`.
 fn record_it(signal: u32, flags: u64) -> SysResult {
-    let handler: unsafe extern "C" fn(i32, *const crate::signal::SigInfo, *mut u8) = recorder;
     set(
         signal,
         &Action {
-            handler: handler as usize as u64,
+            handler: handler(),
             // No SA_RESTART: the guard decides about that.
             flags: flags | u64::from(SA_SIGINFO | SA_RESTORER),
             restorer: restorer as *const () as usize as u64,

@@ -35,11 +35,15 @@
 #![expect(unsafe_code, reason = "signal handler, and a system call with labels")]
 
 use core::arch::naked_asm;
-use core::cell::UnsafeCell;
+use core::cell::{Cell, UnsafeCell};
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering};
 
+use dune_kvm::wall::{self, Slot};
+
+use crate::engine::Passage;
 use crate::host::{Errno, SysResult, decode};
+use crate::peel::has_wall;
 use crate::signal::{SI_QUEUE, SI_USER, SigInfo};
 
 /// What a thread knows of its signals.
@@ -51,6 +55,10 @@ struct Record {
     /// Written by the recorder only while [`SIGNAL`] is clear, read by `take`
     /// only while it is set; all signals are blocked in between.
     slot: UnsafeCell<SigInfo>,
+    /// The thread's [`Passage`]: what goes into the number of a call, and the
+    /// stack for signal frames.
+    flag: Cell<u64>,
+    stack: Cell<Option<&'static Slot>>,
 }
 
 /// The slot holds a signal that the guard has not taken.
@@ -65,6 +73,8 @@ thread_local! {
             pending: AtomicU8::new(0),
             kick: AtomicPtr::new(ptr::null_mut()),
             slot: UnsafeCell::new(SigInfo::ZERO),
+            flag: Cell::new(0),
+            stack: Cell::new(None),
         }
     };
 }
@@ -95,6 +105,50 @@ pub(crate) fn set_kick(byte: Option<NonNull<AtomicU8>>) {
             Ordering::SeqCst,
         );
     });
+}
+
+/// Whether calls of this process are made behind the wall by the guard itself.
+static WALLED_HERE: AtomicBool = AtomicBool::new(false);
+
+/// Tells how calls of this thread that have arguments of the program are made.
+pub(crate) fn set_passage(passage: Passage) {
+    let (flag, stack) = match passage {
+        _ if !has_wall() => (0, None),
+        Passage::Open => (0, None),
+        Passage::ByRuntime => (dune::WALLED as u64, None),
+        Passage::Walled { stack } => (0, Some(stack)),
+    };
+    if stack.is_some() {
+        WALLED_HERE.store(true, Ordering::Relaxed);
+    }
+    RECORD.with(|record| {
+        record.flag.set(flag);
+        record.stack.set(stack);
+    });
+}
+
+/// What is or'ed to the number of a call that the Dune runtime is to make
+/// behind the wall; nothing where there is no such runtime.
+pub(crate) fn passage_flag() -> u64 {
+    RECORD.with(|record| record.flag.get())
+}
+
+/// The address of the handler that notes signals.
+pub(crate) fn handler() -> u64 {
+    let (plain, walled): (
+        unsafe extern "C" fn(i32, *const SigInfo, *mut u8),
+        unsafe extern "C" fn(),
+    ) = (recorder, walled_recorder);
+    if WALLED_HERE.load(Ordering::Relaxed) {
+        walled as usize as u64
+    } else {
+        plain as usize as u64
+    }
+}
+
+dune_kvm::wall_signal_handler! {
+    /// [`recorder`], where it may interrupt a call behind the wall.
+    walled_recorder => recorder
 }
 
 /// Whether a signal waits to be taken.
@@ -212,6 +266,10 @@ pub(crate) unsafe extern "C" fn recorder(signal: i32, info: *const SigInfo, cont
         // function found it.
         unsafe { rip.write_unaligned(label(&raw const dune_sandbox_call_given_up)) };
     }
+    if let Some(way_out) = wall::gives_up_at(at) {
+        // SAFETY: likewise; the way out takes up what the call keeps in registers.
+        unsafe { rip.write_unaligned(way_out) };
+    }
 }
 
 fn label(at: *const u8) -> u64 {
@@ -235,6 +293,54 @@ pub(crate) unsafe fn call_interruptible(nr: u32, args: &[u64; 6]) -> SysResult {
         // SAFETY: as the caller promises.
         decode(unsafe { raw_call_interruptible(u64::from(nr), args, &record.pending) })
     })
+}
+
+/// As [`call_interruptible`], for a call with arguments of the program: behind
+/// the wall of protection keys, where there is one. Everything that it points at
+/// must be user memory or lent ([`crate::bounce`]).
+///
+/// # Safety
+///
+/// As [`crate::host::syscall`].
+pub(crate) unsafe fn call_walled(nr: u32, args: &[u64; 6]) -> SysResult {
+    RECORD.with(|record| {
+        let Some(stack) = record.stack.get() else {
+            let nr = u64::from(nr) | record.flag.get();
+            // SAFETY: as the caller promises; the flag is the runtime's.
+            return decode(unsafe { raw_call_interruptible(nr, args, &record.pending) });
+        };
+        let args = args.map(|arg| arg as usize);
+        // SAFETY: as the caller promises. There is a wall, and the engine of this
+        // thread has taken back its restartable sequences and made the stack
+        // (`Passage::Walled`). The handlers of the guard begin as they must.
+        decode(unsafe { wall::call(nr as usize, &args, record.pending.as_ptr(), stack) } as u64)
+    })
+}
+
+/// As [`call_walled`], for calls that must be made whatever waits, and that do
+/// not wait themselves.
+///
+/// # Safety
+///
+/// As [`crate::host::syscall`].
+pub(crate) unsafe fn call_walled_always(nr: u32, args: &[u64; 6]) -> SysResult {
+    let (flag, stack) = RECORD.with(|record| (record.flag.get(), record.stack.get()));
+    let nothing = AtomicU8::new(0);
+    let words = args.map(|arg| arg as usize);
+    loop {
+        let rax = match stack {
+            // SAFETY: as the caller promises; the flag is the runtime's.
+            None => unsafe { raw_call_interruptible(u64::from(nr) | flag, args, &nothing) },
+            // SAFETY: as in `call_walled`.
+            Some(stack) => unsafe {
+                wall::call(nr as usize, &words, nothing.as_ptr(), stack) as u64
+            },
+        };
+        // A signal came just before it: it was noted, and nothing was done.
+        if decode(rax) != Err(Errno::ERESTARTSYS) {
+            return decode(rax);
+        }
+    }
 }
 
 /// rdi: number, rsi: arguments, rdx: what waits.

@@ -181,7 +181,8 @@ impl Image {
             out.number(area.range.len());
             out.number(area.attributes.access.bits().into());
             out.number(match area.attributes.backing {
-                Backing::Anonymous | Backing::File => 0,
+                // A program that is served has no clock (`Program::shows_clock`).
+                Backing::Anonymous | Backing::File | Backing::Clock => 0,
                 Backing::Heap => 1,
                 Backing::Stack => 2,
             });

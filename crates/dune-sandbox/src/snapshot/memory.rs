@@ -42,8 +42,8 @@ use linux_raw_sys::general::{
 };
 
 use super::ranges::Ranges;
-use crate::calls::forward_always;
 use crate::calls::memory::{Space, host_prot};
+use crate::calls::{forward_always, map_for_program};
 use crate::engine::Access;
 use crate::guard::Guard;
 use crate::host::Errno;
@@ -457,7 +457,7 @@ fn detach_files(guard: &mut Guard, memory: &mut Memory) -> Result<(), Errno> {
         guard.revoke(area.range)?;
         let flags = u64::from(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED);
         let prot = host_prot(area.attributes.access);
-        forward_always(__NR_mmap, [at, area.range.len(), prot, flags, u64::MAX, 0])?;
+        map_for_program([at, area.range.len(), prot, flags, u64::MAX, 0])?;
         let (pages, _) = contents.as_chunks();
         for (page, bytes) in (at..).step_by(PAGE_SIZE as usize).zip(pages) {
             store_page(page, bytes);

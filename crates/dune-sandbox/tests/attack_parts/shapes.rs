@@ -5,7 +5,7 @@ use dune_sandbox::host::Errno;
 use dune_sandbox::range::USER_HI;
 use dune_sandbox::table::{Arg, Call, Flow, Handling, Shape, calls};
 
-use super::{SUCCEEDED, Target, at, call, refused};
+use super::{SUCCEEDED, Target, at, call, refused, stage};
 
 /// Words of a structure that the attacker fills.
 type Words = [u64; 16];
@@ -61,7 +61,7 @@ fn attempt(entry: &Call, index: usize, value: u64, what: &str) {
     args[index] = value;
     let result = call(entry.nr, &args);
     refused(&format!("{} argument {index}, {what}", entry.name), result);
-    if result == Err(Errno::EBADF) {
+    if result == Err(Errno::EBADF) && stage::checks_pointers() {
         println!("{} argument {index}, {what}: the kernel saw it", entry.name);
         std::process::exit(SUCCEEDED);
     }

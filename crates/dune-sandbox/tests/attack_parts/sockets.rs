@@ -7,7 +7,7 @@ use dune_sandbox::host::Errno;
 use linux_raw_sys::general::*;
 use linux_raw_sys::net::*;
 
-use super::{SUCCEEDED, Target, at, call, refused, suspects, works};
+use super::{SUCCEEDED, Target, at, call, refused, stage, suspects, works};
 
 /// Two connected sockets.
 fn pair(kind: u32) -> [u64; 2] {
@@ -35,6 +35,24 @@ fn put(fd: u64) {
     works("sendto", call(__NR_sendto, &[fd, at(&text), 64, 0, 0, 0]));
 }
 
+/// Takes what messages are left: the kernel takes one before it meets a bad
+/// pointer, where it is the one to meet it.
+fn drain(fd: u64) {
+    let mut text = [0_u8; 64];
+    let dont_wait = u64::from(MSG_DONTWAIT);
+    let take = [fd, mutable(&mut text), 64, dont_wait, 0, 0];
+    while call(__NR_recvfrom, &take).is_ok() {}
+}
+
+/// Fails the test if a message was received with a bad pointer. Where the
+/// kernel itself meets the pointer, it does so only if there is something to
+/// write there (these senders have no name): then the canary tells.
+fn not_received(what: &str, result: dune_sandbox::host::SysResult) {
+    if stage::checks_pointers() {
+        refused(what, result);
+    }
+}
+
 fn mutable<T: ?Sized>(value: &mut T) -> u64 {
     (&raw mut *value).cast::<u8>().expose_provenance() as u64
 }
@@ -50,18 +68,21 @@ pub(crate) fn pointers(target: &Target) {
         refused("sendto", call(__NR_sendto, &[left, bad, 8, 0, 0, 0]));
         let to = [left, at(&unix), 8, 0, bad, 16];
         refused("sendto", call(__NR_sendto, &to));
-        put(left);
-        refused("recvfrom", call(__NR_recvfrom, &[right, bad, 64, 0, 0, 0]));
+        let receive = |args: [u64; 6]| {
+            put(left);
+            not_received("recvfrom", call(__NR_recvfrom, &args));
+            drain(right);
+        };
+        receive([right, bad, 64, 0, 0, 0]);
         let mut text = [0_u8; 64];
         let mut len = 16_u32;
         let text = mutable(&mut text);
-        let from = [right, text, 64, 0, bad, mutable(&mut len)];
-        refused("recvfrom", call(__NR_recvfrom, &from));
-        let from = [right, text, 64, 0, text, bad];
-        refused("recvfrom", call(__NR_recvfrom, &from));
+        receive([right, text, 64, 0, bad, mutable(&mut len)]);
+        receive([right, text, 64, 0, text, bad]);
+        put(left);
         works("recvfrom", call(__NR_recvfrom, &[right, text, 64, 0, 0, 0]));
         for nr in [__NR_getsockname, __NR_getpeername] {
-            refused("a name", call(nr, &[left, bad, mutable(&mut len)]));
+            not_received("a name", call(nr, &[left, bad, mutable(&mut len)]));
             refused("a name", call(nr, &[left, text, bad]));
         }
     }
@@ -118,11 +139,12 @@ pub(crate) fn messages(target: &Target) {
             refused("sendmsg", call(__NR_sendmsg, &[left, at(header), 0]));
             refused("sendmmsg", call(__NR_sendmmsg, &[left, at(header), 1, 0]));
             put(left);
-            refused("recvmsg", call(__NR_recvmsg, &[right, at(header), 0]));
+            not_received("recvmsg", call(__NR_recvmsg, &[right, at(header), 0]));
+            drain(right);
+            put(left);
             let many = [right, at(header), 1, 0, 0];
-            refused("recvmmsg", call(__NR_recvmmsg, &many));
-            let dont_wait = u64::from(MSG_DONTWAIT);
-            let _ = call(__NR_recvfrom, &[right, good[0], 64, dont_wait, 0, 0]);
+            not_received("recvmmsg", call(__NR_recvmmsg, &many));
+            drain(right);
         }
         let fine = header(at(&good), 1, 0, 0);
         for nr in [__NR_sendmsg, __NR_recvmsg] {
@@ -132,10 +154,12 @@ pub(crate) fn messages(target: &Target) {
             refused("messages", call(nr, &[left, bad, 1, 0, 0]));
         }
         put(left);
-        refused(
+        not_received(
             "recvmmsg",
             call(__NR_recvmmsg, &[right, at(&fine), 1, 0, bad]),
         );
+        drain(right);
+        put(left);
         works("recvmsg", call(__NR_recvmsg, &[right, at(&fine), 0]));
     }
     let too_many = header(at(&good), u64::MAX / 16, 0, 0);
@@ -191,7 +215,11 @@ pub(crate) fn options(target: &Target) {
                 refused("setsockopt", call(__NR_setsockopt, &set));
                 let mut len = len as u32;
                 let get = [socket, level, name, target.canary, mutable(&mut len)];
-                refused("getsockopt", call(__NR_getsockopt, &get));
+                let got = call(__NR_getsockopt, &get);
+                // Some options are empty: nothing is written, as the canary says.
+                if stage::checks_pointers() {
+                    refused("getsockopt", got);
+                }
             }
         }
     }

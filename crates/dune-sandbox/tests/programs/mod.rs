@@ -221,6 +221,7 @@ fn cases() -> Vec<Case> {
         ("dd", "dd if=numbers bs=100 count=7 status=none"),
         ("factor", "factor 600851475143 97"),
         ("script", "./script.sh one two"),
+        ("setarch", "setarch -R sh -c echo"),
         ("missing_operand", "cp"),
         ("no_such_file", "cat /nonexistent"),
     ]
@@ -382,6 +383,11 @@ fn interpreters() -> Vec<Case> {
             "python_file_mmap",
             python,
             "import mmap; f=open('numbers','rb'); m=mmap.mmap(f.fileno(),0,prot=mmap.PROT_READ); print(m[:40])",
+        ),
+        code(
+            "python_no_random_places",
+            python,
+            "import ctypes,subprocess,sys\nl=ctypes.CDLL(None)\nprint(l.personality(-1)&0xff, l.personality(0x40000)&0xff, hex(l.personality(-1)&0x40000))\na=[subprocess.run([sys.executable,'-c','print([l.split()[0] for l in open(\"/proc/self/maps\") if \"[stack]\" in l or \"python\" in l])'],capture_output=True).stdout for _ in range(3)]\nprint(len(a[0])>9, len(set(a)))",
         ),
         code(
             "python_walk",

@@ -5,6 +5,7 @@
 //! with `DUNE_TEST_ROLE` it is one of them.
 #![allow(dead_code, reason = "each test target uses a part of it")]
 
+pub(crate) mod features;
 pub(crate) mod processes;
 pub(crate) mod threads;
 
@@ -16,12 +17,22 @@ use dune_sandbox::engine::on_host::OnHost;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 const ROLE: &str = "DUNE_TEST_ROLE";
+/// Set for a program in the sandbox.
+const SANDBOXED: &str = "DUNE_TEST_SANDBOXED";
+
+/// Whether this is the program in the sandbox, for what is to differ from its native run.
+pub(crate) fn is_sandboxed() -> bool {
+    std::env::var_os(SANDBOXED).is_some()
+}
 
 /// What a role does.
 pub(crate) type Scenario = (&'static str, fn());
 
 fn all() -> impl Iterator<Item = &'static Scenario> {
-    threads::SCENARIOS.iter().chain(processes::SCENARIOS)
+    threads::SCENARIOS
+        .iter()
+        .chain(processes::SCENARIOS)
+        .chain(features::SCENARIOS)
 }
 
 /// What this process was started for, if it is not the harness.
@@ -49,6 +60,7 @@ fn sandbox(placement: &str) -> ExitCode {
     let run = || -> Result<dune_sandbox::Outcome, Box<dyn std::error::Error>> {
         let command = dune_sandbox::Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
+            .env(SANDBOXED, "1")
             .env(ROLE, "program");
         let engine: Box<dyn Engine> = if placement == "guest" {
             Box::new(InGuest::new()?)

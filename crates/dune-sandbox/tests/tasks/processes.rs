@@ -38,6 +38,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     ("make_in_parallel", make_in_parallel),
     ("python_processes", python_processes),
     ("git_history", git_history),
+    ("clocks_agree", clocks_agree),
+    ("clock_data_are_the_kernels", clock_data_are_the_kernels),
 ];
 
 fn fork() -> i32 {
@@ -56,6 +58,129 @@ fn wait_for(child: i32) -> i32 {
     let waited = unsafe { libc::waitpid(child, &mut status, 0) };
     assert_eq!(waited, child);
     status
+}
+
+/// What the kernel says, by a system call in any case.
+fn asked(clock: i32) -> i128 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel writes the time.
+    let result = unsafe { libc::syscall(libc::SYS_clock_gettime, clock, &raw mut time) };
+    assert_eq!(result, 0);
+    i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec)
+}
+
+/// What libc says: by the vDSO, if there is one.
+fn told(clock: i32) -> i128 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: libc writes the time.
+    let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    assert_eq!(result, 0);
+    i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec)
+}
+
+/// No clock goes backwards between the two ways of asking.
+fn clocks_go_forwards(who: &str) {
+    for clock in [
+        libc::CLOCK_REALTIME,
+        libc::CLOCK_MONOTONIC,
+        libc::CLOCK_MONOTONIC_RAW,
+        libc::CLOCK_BOOTTIME,
+        libc::CLOCK_REALTIME_COARSE,
+        libc::CLOCK_MONOTONIC_COARSE,
+        libc::CLOCK_PROCESS_CPUTIME_ID,
+    ] {
+        for _ in 0..300 {
+            let before = asked(clock);
+            let between = told(clock);
+            let after = asked(clock);
+            assert!(
+                before <= between && between <= after,
+                "{who}: clock {clock}: {before} {between} {after}"
+            );
+        }
+    }
+    let mut day = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 0,
+    };
+    let before = asked(libc::CLOCK_REALTIME) / 1000;
+    // SAFETY: libc writes the time.
+    assert_eq!(
+        unsafe { libc::gettimeofday(&raw mut day, ptr::null_mut()) },
+        0
+    );
+    let after = asked(libc::CLOCK_REALTIME) / 1000;
+    let day = i128::from(day.tv_sec) * 1_000_000 + i128::from(day.tv_usec);
+    assert!(
+        before <= day && day <= after,
+        "{who}: {before} {day} {after}"
+    );
+    // SAFETY: returns the time.
+    let seconds = i128::from(unsafe { libc::time(ptr::null_mut()) });
+    assert!(seconds >= asked(libc::CLOCK_REALTIME_COARSE) / 1_000_000_000 - 1);
+    // SAFETY: asks for a number.
+    let cpu = unsafe { libc::sched_getcpu() };
+    // SAFETY: as above.
+    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
+    assert!(
+        cpu >= 0 && i64::from(cpu) < cpus,
+        "{who}: CPU {cpu} of {cpus}"
+    );
+    println!("{who}: clocks agree");
+}
+
+fn clocks_agree() {
+    clocks_go_forwards("the first");
+    let thread = thread::spawn(|| clocks_go_forwards("a thread"));
+    thread.join().unwrap();
+    match fork() {
+        0 => {
+            clocks_go_forwards("a child");
+            end(0)
+        }
+        child => assert_eq!(wait_for(child), 0),
+    }
+}
+
+/// The memory that the vDSO computes from, where there is one.
+fn clock_data_are_the_kernels() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let data = maps.lines().find(|line| line.ends_with("[vvar]"));
+    if let Some(line) = data {
+        let start = line.split('-').next().unwrap();
+        let start = usize::from_str_radix(start, 16).unwrap();
+        let page = start as *mut u8;
+        for rights in [
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::PROT_WRITE,
+            libc::PROT_READ | libc::PROT_EXEC,
+        ] {
+            // SAFETY: is refused; and nobody else knows of the page.
+            let result = unsafe { libc::mprotect(page.cast(), 4096, rights) };
+            if rights & libc::PROT_WRITE != 0 {
+                assert_eq!((result, errno()), (-1, libc::EACCES));
+            }
+        }
+        let file = std::fs::File::open("/dev/zero").unwrap();
+        // SAFETY: the kernel may not write there.
+        let got = unsafe { libc::read(std::os::fd::AsRawFd::as_raw_fd(&file), page.cast(), 8) };
+        assert_eq!((got, errno()), (-1, libc::EFAULT));
+        match fork() {
+            0 => {
+                // SAFETY: ends this process.
+                unsafe { page.write_volatile(1) };
+                end(0)
+            }
+            child => assert_eq!(wait_for(child) & 0x7f, libc::SIGSEGV),
+        }
+    }
+    println!("{}", told(libc::CLOCK_MONOTONIC) > 0);
 }
 
 fn errno() -> i32 {
@@ -487,7 +612,8 @@ fn bash_jobs_and_traps() {
     shell(
         "{ trap 'echo usr1' USR1; trap 'echo bye' EXIT; kill -USR1 $$; sleep 0.05 & wait $!; echo $?; \
          sleep 5 & p=$!; sleep 0.1; kill $p; wait $p; echo $?; set -m; sleep 0.05 & wait %1; echo $?; \
-         (trap 'echo term; exit 9' TERM; while :; do sleep 0.02; done) & p=$!; sleep 0.1; kill $p; wait $p; echo $?; } 2>/dev/null",
+         f=$(mktemp -u); (trap 'echo term; exit 9' TERM; : >$f; while :; do sleep 0.02; done) & p=$!; \
+         until [ -e $f ]; do sleep 0.02; done; kill $p; wait $p; echo $?; rm $f; } 2>/dev/null",
     );
 }
 

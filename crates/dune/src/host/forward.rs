@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering;
 use dune_kvm::sys::{self, Errno, nr};
 
 use crate::arch;
-use crate::host::{clone, outputs, run};
+use crate::host::{clone, outputs, run, wall};
 use crate::machine::Machine;
 use crate::signals::{
     AltStack, KernelAction, SIGNALS, SIGSET, SS_AUTODISARM, SS_DISABLE, SS_ONSTACK,
@@ -16,6 +16,15 @@ use crate::thread::ThreadArea;
 
 /// The smallest alternate stack that the kernel accepts.
 const MINSIGSTKSZ: u64 = 2048;
+
+/// Flag in the number of a forwarded system call: its arguments come from ring 3. Where the
+/// process has a wall ([`dune_kvm::wall`]), the call is made behind it: the kernel reaches
+/// memory that was given away by `mmap` with this flag, or by [`Wall::give`], and answers
+/// `EFAULT` to any other address. Where there is none, or outside Dune mode, the flag changes
+/// nothing.
+///
+/// [`Wall::give`]: dune_kvm::wall::Wall::give
+pub const WALLED: usize = 1 << 32;
 
 /// Numbers of calls that are not simply forwarded, as a bit set.
 static SPECIAL: [u64; 8] = special_calls();
@@ -65,15 +74,24 @@ pub(crate) unsafe fn system_call(area: *mut ThreadArea) -> isize {
 unsafe fn execute(area: *mut ThreadArea) -> isize {
     // SAFETY: the area is this thread's.
     let this = unsafe { &mut *area };
-    // The kernel looks at the lower half only.
+    // The kernel looks at the lower half only; the upper one may say who asks.
+    let walled = this.number & WALLED != 0;
     let number = this.number as u32 as usize;
     this.number = number;
     let special = SPECIAL
         .get(number / 64)
         .is_some_and(|bits| bits >> (number % 64) & 1 == 1);
+    if !special && walled {
+        // SAFETY: as in the caller.
+        return unsafe { wall::system_call(area, number) };
+    }
     if !special {
         // SAFETY: the process's own call, with the process's own arguments.
         return unsafe { arch::dune_safe_syscall(area) };
+    }
+    if walled && !matches!(number, nr::CLOSE | nr::CLOSE_RANGE | nr::DUP2 | nr::DUP3) {
+        // The others follow pointers, here and not in the kernel.
+        return -(Errno::ENOSYS.0 as isize);
     }
     if this.pending.load(Ordering::Relaxed) != 0 {
         return arch::RESTART;

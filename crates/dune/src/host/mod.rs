@@ -10,3 +10,6 @@ pub(crate) mod forward;
 pub(crate) mod outputs;
 pub(crate) mod run;
 pub(crate) mod signals;
+pub(crate) mod wall;
+
+pub use forward::WALLED;

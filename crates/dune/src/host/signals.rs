@@ -10,6 +10,7 @@ use core::ptr::addr_of_mut;
 use core::sync::atomic::Ordering;
 
 use dune_kvm::sys::{self, nr};
+use dune_kvm::wall;
 
 use crate::arch;
 use crate::host::base;
@@ -49,6 +50,11 @@ pub(crate) unsafe extern "C" fn host_handler(
     }
 }
 
+dune_kvm::wall_signal_handler! {
+    /// [`host_handler`] where there is a wall.
+    pub(crate) walled_host_handler => host_handler
+}
+
 /// The area of a thread whose host loop runs, from the host's GS base.
 fn host_area() -> Option<*mut ThreadArea> {
     let base = base::get();
@@ -76,6 +82,9 @@ unsafe fn capture(area: *mut ThreadArea, signal: u32, info: *mut [u64; 16], cont
         let safe = arch::address(arch::dune_safe_start)..arch::address(arch::dune_safe_end);
         if safe.contains(&rip) {
             (*context).registers[RIP] = arch::address(arch::dune_safe_abort);
+        }
+        if let Some(way_out) = wall::gives_up_at(rip) {
+            (*context).registers[RIP] = way_out;
         }
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  guest physical GiB   slot      host memory
-//!  0 to 3               -         nothing (3 holds KVM's own pages)
+//!  0, 2, 3              -         nothing (3 holds KVM's own pages)
+//!  1                    the last  the kernel's data for clocks, read-only
 //!  4 to 15              0 to 11   arenas, each larger than the one before
 //!  16 and up            12 and up windows: pieces of user space that are in use
 //! ```
@@ -11,10 +12,13 @@
 //! A window is 64 MiB. KVM keeps two and a half megabytes of its own for each
 //! GiB of a slot where it shadows page tables, and clears them when the slot is
 //! made: 0.7 ms, while most programs use a few megabytes in two or three
-//! places. The slots that KVM has are enough for 2 TiB of 64 MiB each.
+//! places. The slots that KVM has are enough for 2 TiB of 64 MiB each; windows
+//! over memory that the program has given up are taken back long before
+//! ([`Memory::is_crowded`]).
 //!
 //! Of this process, the guest's physical memory holds the arenas and the part
-//! below `USER_HI` ([`crate::range`]), nothing else: whatever happens to
+//! below `USER_HI` ([`crate::range`]), and the kernel's data for clocks
+//! ([`crate::clock`]), nothing else: whatever happens to
 //! the page tables, the memory of the guard is not there to be reached.
 #![expect(
     unsafe_code,
@@ -31,8 +35,9 @@ use dune_kvm::ioctl;
 use dune_kvm::sys::{self, Errno};
 use dune_x86::addr::GuestPhys;
 use dune_x86::paging::{FrameAllocator, TableMemory};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 
+use crate::clock;
 use crate::range::USER_HI;
 
 const GIB_SHIFT: u32 = 30;
@@ -50,6 +55,10 @@ pub(super) const WINDOW: u64 = 1 << WINDOW_SHIFT;
 const WINDOWS_START: u64 = (FIRST_ARENA + ARENAS as u64) << GIB_SHIFT;
 /// Slots of KVM that user space may use.
 const SLOTS: u64 = 32_764;
+
+/// The guest physical address and the slot of the kernel's data for clocks.
+const CLOCK: u64 = GIB;
+const CLOCK_SLOT: u64 = SLOTS - 1;
 
 /// The first arena: tables for 256 MiB of the program's memory and more. Each
 /// further one is four times as large, up to a GiB.
@@ -84,10 +93,24 @@ pub(super) struct Memory {
     short: Cell<Option<Short>>,
     /// For each piece of user space, its window's number and 1, or 0.
     window_of: RefCell<Box<[u16]>>,
-    /// For each window, its piece of user space.
+    /// For each window, its piece of user space; [`UNUSED`] if it was given back.
     piece_of: RefCell<Box<[u32]>>,
+    /// Windows that there have been at once: the rest of `piece_of` is fresh.
     windows: Cell<usize>,
+    /// Whether the kernel's data for clocks have their slot.
+    has_clock: Cell<bool>,
+    /// Windows that were given back.
+    unused: RefCell<Vec<u16>>,
+    /// How many windows there may be before somebody should look for those that
+    /// are of no use any more.
+    crowd: Cell<usize>,
 }
+
+/// Of no piece.
+const UNUSED: u32 = u32::MAX;
+
+/// Windows that nobody looks through: 16 GiB of user space in use.
+const SMALL_CROWD: usize = 256;
 
 impl Memory {
     /// Memory for a guest with `physical_bits` bits of address. `vm` must stay
@@ -95,7 +118,7 @@ impl Memory {
     pub(super) fn new(vm: RawFd, physical_bits: u32) -> Self {
         let addresses = 1_u64 << physical_bits.clamp(36, 52);
         let windows = (addresses - WINDOWS_START) >> WINDOW_SHIFT;
-        let windows = windows.min(SLOTS - ARENAS as u64) as usize;
+        let windows = windows.min(CLOCK_SLOT - ARENAS as u64) as usize;
         Self {
             vm,
             arenas: [const { Cell::new(None) }; ARENAS],
@@ -107,6 +130,9 @@ impl Memory {
             window_of: RefCell::new(vec![0; (USER_HI >> WINDOW_SHIFT) as usize].into()),
             piece_of: RefCell::new(vec![0; windows].into()),
             windows: Cell::new(0),
+            has_clock: Cell::new(false),
+            unused: RefCell::default(),
+            crowd: Cell::new(SMALL_CROWD.min(windows)),
         }
     }
 
@@ -124,7 +150,9 @@ impl Memory {
         let number = match usize::from(*entry).checked_sub(1) {
             Some(number) => number,
             None => {
-                let number = self.windows.get();
+                let mut unused = self.unused.borrow_mut();
+                let fresh = self.windows.get();
+                let number = unused.last().map_or(fresh, |&number| usize::from(number));
                 let mut piece_of = self.piece_of.borrow_mut();
                 let back = piece_of.get_mut(number).ok_or(Short::Addresses)?;
                 let slot = (ARENAS + number) as u64;
@@ -133,11 +161,74 @@ impl Memory {
                     .map_err(Short::Host)?;
                 *back = piece as u32;
                 *entry = number as u16 + 1;
-                self.windows.set(number + 1);
+                if unused.pop().is_none() {
+                    self.windows.set(fresh + 1);
+                }
                 number
             }
         };
         Ok(window_address(number) | host & (WINDOW - 1))
+    }
+
+    /// The guest physical address of the kernel's data for clocks.
+    pub(super) fn clock(&self) -> Result<u64, Short> {
+        let clock = clock::host().ok_or(Short::Addresses)?;
+        if !self.has_clock.get() {
+            let (host, len) = (clock.data, clock.data_len);
+            self.set_slot_with(KVM_MEM_READONLY, CLOCK_SLOT, CLOCK, host, len)
+                .map_err(Short::Host)?;
+            self.has_clock.set(true);
+        }
+        Ok(CLOCK)
+    }
+
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> usize {
+        self.windows.get() - self.unused.borrow().len()
+    }
+
+    /// Memory slots of KVM that are in use.
+    pub(super) fn slots(&self) -> usize {
+        let arenas = self.arenas.iter().filter(|arena| arena.get().is_some());
+        self.windows() + arenas.count()
+    }
+
+    /// Whether it is time to look for windows that are of no use any more, by
+    /// [`Memory::release_windows`].
+    pub(super) fn is_crowded(&self) -> bool {
+        self.windows() >= self.crowd.get()
+    }
+
+    /// Gives back every window in whose piece of user space, given by its start,
+    /// nothing `is_used`. A piece that is needed again gets another window.
+    ///
+    /// The next look is at twice as many as are left, so that a program pays for
+    /// it in proportion to the windows that it makes.
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses to take a slot back.
+    pub(super) fn release_windows(&self, is_used: impl Fn(u64) -> bool) -> Result<(), Short> {
+        let mut window_of = self.window_of.borrow_mut();
+        let mut piece_of = self.piece_of.borrow_mut();
+        let mut unused = self.unused.borrow_mut();
+        for (number, piece) in piece_of[..self.windows.get()].iter_mut().enumerate() {
+            let base = u64::from(*piece) << WINDOW_SHIFT;
+            if *piece == UNUSED || is_used(base) {
+                continue;
+            }
+            let slot = (ARENAS + number) as u64;
+            self.set_slot(slot, window_address(number), base, 0)
+                .map_err(Short::Host)?;
+            window_of[*piece as usize] = 0;
+            *piece = UNUSED;
+            unused.push(number as u16);
+        }
+        let left = self.windows.get() - unused.len();
+        let most = piece_of.len();
+        self.crowd
+            .set((2 * left).clamp(SMALL_CROWD.min(most), most));
+        Ok(())
     }
 
     /// The user address of a guest physical one, if it lies in a window.
@@ -146,7 +237,7 @@ impl Memory {
         let piece_of = self.piece_of.borrow();
         let piece = *piece_of
             .get(number)
-            .filter(|_| number < self.windows.get())?;
+            .filter(|&&piece| number < self.windows.get() && piece != UNUSED)?;
         Some(u64::from(piece) << WINDOW_SHIFT | gpa & (WINDOW - 1))
     }
 
@@ -240,16 +331,28 @@ impl Memory {
     }
 
     fn set_slot(&self, slot: u64, gpa: u64, host: u64, len: u64) -> Result<(), Errno> {
+        self.set_slot_with(0, slot, gpa, host, len)
+    }
+
+    fn set_slot_with(
+        &self,
+        flags: u32,
+        slot: u64,
+        gpa: u64,
+        host: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
-            flags: 0,
+            flags,
             guest_phys_addr: gpa,
             memory_size: len,
             userspace_addr: host,
         };
         let request = ioctl::KVM_SET_USER_MEMORY_REGION;
-        // SAFETY: arenas belong to this value and windows cover user space
-        // only, which the guard treats as memory that anyone may change.
+        // SAFETY: arenas belong to this value, windows cover user space only,
+        // which the guard treats as memory that anyone may change, and the
+        // kernel's data can be read and nothing else.
         unsafe { sys::ioctl_uninterrupted(self.vm, request, &raw const region as usize) }.map(drop)
     }
 }

@@ -5,6 +5,7 @@
 //!  USER_CODE     +0x0000    ring 3: r-x     system call landing (weak KVM), XSAVE, XRSTOR
 //!  RING0_CODE    +0x1000    ring 0: r-x     one stub a vector, IRETQ, system call landing
 //!  DESCRIPTORS   +0x2000    ring 0: r--     GDT, IDT
+//!  CLOCK         +0x8000    ring 3: r--     the kernel's data for clocks, for a trial
 //!
 //!  and for each vCPU, four pages from `CPUS` on:
 //!  task          +0x0000    ring 0: r--     TSS with the I/O permission bitmap
@@ -24,7 +25,8 @@
 //! * The landing is one `out`. Jumping there makes a system call from an
 //!   address that the program chose (`rcx`): nothing that `SYSCALL` at that
 //!   address would not do, and the engine checks the address.
-//! * The XSAVE and XRSTOR snippets work on the program's own state at an
+//! * `CLOCK` is the kernel's, and what it tells every process may read.
+//! * The snippets (XSAVE, XRSTOR, a load) work on the program's own state at an
 //!   address that ring 3 must have the right to reach anyway.
 //! * An `out` to [`PORT`] anywhere else ends in an exit whose `rip` is no
 //!   stub's: a general protection fault for the program, as is any other port,
@@ -50,6 +52,8 @@ pub(super) const USER_CODE: u64 = BASE;
 pub(super) const RING0_CODE: u64 = BASE + PAGE;
 /// Global and interrupt descriptor tables.
 pub(super) const DESCRIPTORS: u64 = BASE + 2 * PAGE;
+/// A first look at the kernel's data for clocks.
+pub(super) const CLOCK: u64 = BASE + 8 * PAGE;
 /// The pages of the first vCPU.
 const CPUS: u64 = BASE + (1 << 20);
 /// Bytes from one vCPU's pages to the next one's.
@@ -114,6 +118,7 @@ const RING0_LANDING: u64 = IRETQ_AT + STUB;
 const RING3_LANDING: u64 = USER_CODE;
 const SAVE_AT: u64 = USER_CODE + STUB;
 const RESTORE_AT: u64 = USER_CODE + 2 * STUB;
+const LOOK_AT: u64 = USER_CODE + 3 * STUB;
 
 /// `out PORT, al`: one port, so that one bit of the bitmap is enough.
 const OUT: [u8; 2] = [0xe6, PORT];
@@ -124,6 +129,8 @@ const IRETQ: [u8; 2] = [0x48, 0xcf];
 const XSAVE: [u8; 4] = [0x48, 0x0f, 0xae, 0x27];
 /// `xrstor64 [rdi]`
 const XRSTOR: [u8; 4] = [0x48, 0x0f, 0xae, 0x2f];
+/// `mov rax, [rdi]`
+const LOAD: [u8; 3] = [0x48, 0x8b, 0x07];
 
 pub(super) const GDT: u64 = DESCRIPTORS;
 pub(super) const GDT_BYTES: u16 = (dune_x86::descriptors::GDT_ENTRIES * 8) as u16;
@@ -162,8 +169,8 @@ pub(super) enum Stub {
     Exception(u8),
     /// A system call.
     Syscall,
-    /// The extended state has been saved or restored.
-    XState,
+    /// The extended state has been saved or restored, or a word been read.
+    Snippet,
 }
 
 /// The stub whose `out` exited with the instruction pointer at `rip`, which
@@ -177,8 +184,13 @@ pub(super) fn stub_at(rip: u64, landing: Landing) -> Option<Stub> {
     if is(syscall_entry(landing)) {
         return Some(Stub::Syscall);
     }
-    if is(SAVE_AT + XSAVE.len() as u64) || is(RESTORE_AT + XRSTOR.len() as u64) {
-        return Some(Stub::XState);
+    let ends = [
+        SAVE_AT + XSAVE.len() as u64,
+        RESTORE_AT + XRSTOR.len() as u64,
+        LOOK_AT + LOAD.len() as u64,
+    ];
+    if ends.into_iter().any(is) {
+        return Some(Stub::Snippet);
     }
     None
 }
@@ -206,6 +218,11 @@ pub(super) const fn restore() -> u64 {
     RESTORE_AT
 }
 
+/// Where ring 3 continues to read a word at `rdi`.
+pub(super) const fn look() -> u64 {
+    LOOK_AT
+}
+
 /// Whether `rip` lies in code of the guard that ring 0 runs.
 pub(super) const fn is_ring0_code(rip: u64) -> bool {
     RING0_CODE <= rip && rip < RING0_CODE + PAGE
@@ -231,6 +248,7 @@ pub(super) fn user_code() -> [u8; PAGE as usize] {
     put(&mut page, RING3_LANDING - USER_CODE, &[&OUT, &UD2]);
     put(&mut page, SAVE_AT - USER_CODE, &[&XSAVE, &OUT, &UD2]);
     put(&mut page, RESTORE_AT - USER_CODE, &[&XRSTOR, &OUT, &UD2]);
+    put(&mut page, LOOK_AT - USER_CODE, &[&LOAD, &OUT, &UD2]);
     page
 }
 
@@ -323,8 +341,8 @@ mod tests {
             assert_eq!(stub_at(entry + 2, landing), Some(Stub::Syscall));
             assert_eq!(stub_at(entry + 3, landing), None);
             assert_eq!(stub_at(SAVE_AT, landing), None);
-            assert_eq!(stub_at(SAVE_AT + 4, landing), Some(Stub::XState));
-            assert_eq!(stub_at(RESTORE_AT + 6, landing), Some(Stub::XState));
+            assert_eq!(stub_at(SAVE_AT + 4, landing), Some(Stub::Snippet));
+            assert_eq!(stub_at(RESTORE_AT + 6, landing), Some(Stub::Snippet));
             assert_eq!(
                 stub_at(RING0_CODE + 16 * 14, landing),
                 Some(Stub::Exception(14))
