@@ -558,9 +558,14 @@ fn execve_race() -> ! {
         if by_signal {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        let program = if by_signal {
+            c"/bin/false"
+        } else {
+            c"/bin/true"
+        };
+        let arguments = [program.as_ptr(), std::ptr::null()];
         // SAFETY: strings.
-        unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };
         exit(60)
     });
     while !GO.load(Ordering::SeqCst) {
