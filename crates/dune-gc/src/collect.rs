@@ -177,6 +177,7 @@ impl Core {
         self.take_back_dropped(&mut lists);
         lists.forget();
         let mut live = 0;
+        let mut with_pointers = 0;
         let mut number = 0;
         let end = self.space.used_blocks();
         while number < end {
@@ -187,10 +188,16 @@ impl Core {
                     extent = block.extent();
                 }
                 self.reclaim(&mut lists, number);
-                live += self.live_bytes_of(number);
+                let bytes = self.live_bytes_of(number);
+                live += bytes;
+                if block.kind() != Kind::Atomic {
+                    with_pointers += bytes;
+                }
             }
             number += extent;
         }
+        self.looked_at_when_full
+            .store(with_pointers, Ordering::Relaxed);
         self.live_when_full.store(live, Ordering::Relaxed);
         self.set_pace(&lists, live);
     }
@@ -267,10 +274,11 @@ impl Core {
         }
     }
 
-    /// Decides when to collect next: when as much was allocated as is worth it. A full
-    /// collection looks at what is live, so three quarters of that. A minor one looks at the old
-    /// objects of written pages, as many as the last time if the program goes on as before: so
-    /// three quarters of those, and it never costs more for a byte than a full one.
+    /// Decides when to collect next: when as much was allocated as is worth it. That is three
+    /// quarters of what is live for a full collection, which looks at all of it that may hold
+    /// pointers. A minor one looks at the old objects of written pages, as many as the last time
+    /// if the program goes on as before: it waits for such a part of that amount as its work is
+    /// of a full one's, so that it never costs more for an allocated byte.
     fn set_pace(&self, lists: &Lists, live: usize) {
         let in_use = (lists.committed - lists.free_blocks) as usize * BLOCK;
         (self.counters.heap_bytes).store(in_use as u64, Ordering::Relaxed);
@@ -279,8 +287,9 @@ impl Core {
         let least = self.parameters.least_allowance;
         let when_full = (live / 4 * 3).max(least * 2);
         let allowance = if self.tracker.is_tracking() {
-            let looked_at = self.looked_at.load(Ordering::Relaxed);
-            (looked_at / 4 * 3).clamp(least, when_full)
+            let looked_at = self.looked_at.load(Ordering::Relaxed) as f64;
+            let of_all = self.looked_at_when_full.load(Ordering::Relaxed).max(1) as f64;
+            ((when_full as f64 * looked_at / of_all) as usize).clamp(least, when_full)
         } else {
             when_full
         };

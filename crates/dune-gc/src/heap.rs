@@ -69,6 +69,8 @@ pub(crate) struct Core {
     pub(crate) allowance: AtomicUsize,
     /// Bytes of old objects that the last minor collection looked at.
     pub(crate) looked_at: AtomicUsize,
+    /// Bytes that the last full collection looked at.
+    pub(crate) looked_at_when_full: AtomicUsize,
     /// Bytes that were live after the last full collection.
     pub(crate) live_when_full: AtomicUsize,
     pub(crate) cycle: Cycle,
@@ -97,6 +99,7 @@ impl Core {
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
             looked_at: AtomicUsize::new(0),
+            looked_at_when_full: AtomicUsize::new(0),
             live_when_full: AtomicUsize::new(0),
             cycle: Cycle::default(),
             has_marker: AtomicBool::new(false),
