@@ -115,8 +115,8 @@ impl Memory {
             .unwrap_or(Ok(()))
     }
 
-    /// Before the program discards what is in `range`: keeps what a snapshot
-    /// needs. `self` is locked exclusively.
+    /// Before the program discards what is in `range`, or a debugger writes there:
+    /// keeps what a snapshot needs. `self` is locked exclusively.
     ///
     /// # Errors
     ///

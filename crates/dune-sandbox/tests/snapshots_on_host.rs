@@ -70,7 +70,7 @@ fn limits_and_late_signals_do_not_outlive_a_run() {
 }
 
 fn a_run_that_ends_while_it_is_replaced_is_over() {
-    snapshots::a_run_that_ends_while_it_is_replaced_is_over(PLACEMENT, "100");
+    snapshots::a_run_that_ends_while_it_is_replaced_is_over(PLACEMENT, "40");
 }
 
 fn main() -> ExitCode {

@@ -146,6 +146,10 @@ fn write(program: &Program, addr: u64, bytes: &[u8]) -> Result<(), Errno> {
     // Exclusively: the rights of the host's mapping change for a moment.
     let memory = program.memory_mut();
     memory.note_write(program.pid(), range)?;
+    if let Some(pages) = PageRange::covering(range) {
+        // Also where the program itself cannot write.
+        memory.keep(program.pid(), pages)?;
+    }
     write_in(program.pid(), &memory, addr, bytes)
 }
 

@@ -570,7 +570,7 @@ fn copy_back(pid: u32, area: Option<Area>, page: u64, contents: &Page) -> Result
 }
 
 /// Copies back a page that the program cannot write to: its contents were
-/// discarded. Nobody writes there before the rights change again.
+/// discarded, or changed by a debugger. Nobody writes there before the rights change again.
 fn copy_back_closed(guard: &mut Guard, layer: &mut Layer, page: u64) -> Result<(), Errno> {
     let area = layer.areas.find(page);
     let range = PageRange::new(page, PAGE_SIZE);

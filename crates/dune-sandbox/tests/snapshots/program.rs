@@ -537,23 +537,48 @@ fn elsewhere() -> ! {
     exit(run.into())
 }
 
-/// One thread replaces the program while the first one ends it.
+/// One thread replaces the program while the first one ends it: mostly by
+/// `exit_group`, and in some runs by a signal that comes during a long call, so
+/// that the other thread is sure to wait when the run ends.
 fn execve_race() -> ! {
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+    const LONG: usize = 64 << 20;
     static GO: AtomicBool = AtomicBool::new(false);
+    let World { file, .. } = World::new();
+    let long = map(LONG / PAGE, RW);
     marker();
-    let delay = u64::from(input()[0]) * 40;
+    let number = input()[0];
+    let by_signal = number.is_multiple_of(10);
+    let delay = u64::from(number) * 40;
     // SAFETY: one thread, and the buffer's own length.
     unsafe { (&raw mut BUFFER).cast::<u8>().write_bytes(1, 4 * PAGE) };
-    let _replaces = std::thread::spawn(|| {
+    let _replaces = std::thread::spawn(move || {
         GO.store(true, Ordering::SeqCst);
-        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        if by_signal {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let program = if by_signal {
+            c"/bin/false"
+        } else {
+            c"/bin/true"
+        };
+        let arguments = [program.as_ptr(), std::ptr::null()];
         // SAFETY: strings.
-        unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };
         exit(60)
     });
     while !GO.load(Ordering::SeqCst) {
         std::hint::spin_loop();
+    }
+    if by_signal {
+        // SAFETY: a timer, and memory of the program's.
+        unsafe {
+            let mut timer: libc::itimerval = std::mem::zeroed();
+            timer.it_value.tv_usec = 5000;
+            libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
+            libc::pread(file, long.cast(), LONG, 0);
+        }
     }
     for _ in 0..delay {
         std::hint::spin_loop();
