@@ -34,7 +34,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -482,8 +482,9 @@ fn start(
         .env(SEED, seed.to_string())
         .env(REPORT, report.as_raw_fd().to_string())
         .current_dir(folder)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        // Not a device: should the program be let, it changes mode and owner of what it has.
+        .stdin(tempfile::tempfile()?)
+        .stdout(tempfile::tempfile()?)
         .stderr(errors.try_clone()?)
         // So that what it sends to its group does not come here.
         .process_group(0)

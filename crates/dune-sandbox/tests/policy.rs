@@ -172,7 +172,7 @@ fn a_strict_program_writes_nowhere() {
     let at = |name: &str| fixture.path(name);
     let (secret, new, work) = (at("secret"), at("new"), at("work"));
     let before = std::fs::metadata(&secret).unwrap();
-    let requests: [(&[&str], bool); 10] = [
+    let requests: [(&[&str], bool); 11] = [
         (&["/bin/cp", "/dev/null", &new], true),
         (&["/bin/cp", "/dev/null", &secret], true),
         (&["/bin/rm", "-f", &secret], true),
@@ -184,6 +184,8 @@ fn a_strict_program_writes_nowhere() {
         // Landlock does not hold attributes: see docs/security.md.
         (&["/bin/chmod", "777", &secret], false),
         (&["/usr/bin/touch", "-c", "-d", "@0", &secret], false),
+        // A device that everybody writes to.
+        (&["/bin/chmod", "666", "/dev/null"], false),
     ];
     for (argv, by_second) in requests {
         for walls in [Walls::Both, Walls::Guard, Walls::Second] {

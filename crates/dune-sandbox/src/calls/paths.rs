@@ -232,7 +232,7 @@ impl Guard {
             let by_descriptor = match &path {
                 // `utimensat` and `futimesat` take no path for the descriptor
                 // itself.
-                None => matches!(need, Need::Write) && folder_arg.is_some(),
+                None => matches!(need, Need::Attributes) && folder_arg.is_some(),
                 Some(path) => {
                     let flags = uses::empty_path_flag(call.nr)
                         .map_or(0, |arg| before[usize::from(arg)] as u32);
@@ -477,7 +477,7 @@ impl Guard {
         let pin = Pin::of_descriptor(program, fd)?;
         if let Real::Path(path) = pin.real()? {
             let request = |path: &str| format!("{call}({path})");
-            decide(program, &path, Need::Write, b"", &request)?;
+            decide(program, &path, Need::Attributes, b"", &request)?;
         }
         let held = pin.fd as u64;
         self.pins.borrow_mut().push(pin);

@@ -95,7 +95,8 @@ fn rights(access: FileAccess) -> BitFlags<AccessFs> {
     let read = AccessFs::from_read(NEWEST);
     match access {
         FileAccess::ReadOnly => read,
-        FileAccess::ReadWrite => {
+        // Landlock knows no attributes.
+        FileAccess::Contents | FileAccess::ReadWrite => {
             AccessFs::from_all(NEWEST) & !make_bitflags!(AccessFs::{MakeChar | MakeBlock})
         }
     }

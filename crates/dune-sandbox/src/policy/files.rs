@@ -8,7 +8,10 @@ use super::refusal::Remedy;
 pub enum FileAccess {
     /// Reading, listing, executing.
     ReadOnly,
-    /// That, and writing, making, removing and renaming.
+    /// That, and writing its contents. Of devices that others use too, owner and mode are
+    /// nobody's to change.
+    Contents,
+    /// That, and changing attributes, making, removing and renaming.
     ReadWrite,
 }
 
@@ -20,8 +23,10 @@ pub enum Need {
     Look,
     /// To read or list it, or to execute it.
     Read,
-    /// To change its contents or attributes.
+    /// To change its contents.
     Write,
+    /// To change its mode, owner, times or extended attributes, or to give it another name.
+    Attributes,
     /// To make, remove or rename something directly in this folder.
     Entries,
 }
@@ -80,14 +85,15 @@ impl FileRules {
         let enough = match need {
             Need::Look => given.is_some() || self.0.iter().any(|rule| rule.path.is_within(path)),
             Need::Read => given.is_some(),
-            Need::Write | Need::Entries => given == Some(FileAccess::ReadWrite),
+            Need::Write => given >= Some(FileAccess::Contents),
+            Need::Attributes | Need::Entries => given == Some(FileAccess::ReadWrite),
         };
         if enough {
             return Ok(());
         }
         Err(match need {
             Need::Look | Need::Read => Remedy::ReadOnly(path.clone()),
-            Need::Write | Need::Entries => Remedy::ReadWrite(path.clone()),
+            Need::Write | Need::Attributes | Need::Entries => Remedy::ReadWrite(path.clone()),
         })
     }
 }
@@ -113,7 +119,13 @@ mod tests {
     #[test]
     fn nothing_is_allowed_without_a_rule() {
         let none = FileRules::new();
-        for need in [Need::Look, Need::Read, Need::Write, Need::Entries] {
+        for need in [
+            Need::Look,
+            Need::Read,
+            Need::Write,
+            Need::Attributes,
+            Need::Entries,
+        ] {
             assert!(none.decide(&path("/"), need).is_err());
             assert!(none.decide(&path("/etc/passwd"), need).is_err());
         }

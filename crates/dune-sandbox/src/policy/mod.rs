@@ -350,7 +350,7 @@ impl Policy {
         }
         for path in DEVICES {
             if let Ok(path) = resolve(Path::new(path)) {
-                rules.allow(path, FileAccess::ReadWrite);
+                rules.allow(path, FileAccess::Contents);
             }
         }
         Ok(rules)
@@ -450,6 +450,7 @@ mod tests {
         assert!(files.decide(&path("/etc/passwd"), Need::Read).is_err());
         assert!(files.decide(&path("/tmp"), Need::Entries).is_err());
         assert_eq!(files.decide(&path("/dev/null"), Need::Write), Ok(()));
+        assert!(files.decide(&path("/dev/null"), Need::Attributes).is_err());
         let shell = std::fs::canonicalize("/bin/sh").unwrap();
         let shell = path(shell.to_str().unwrap());
         assert_eq!(files.decide(&shell, Need::Read), Ok(()));

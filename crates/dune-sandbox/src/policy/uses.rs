@@ -104,6 +104,7 @@ impl PathUse {
 const LOOK: Need = Need::Look;
 const READ: Need = Need::Read;
 const WRITE: Need = Need::Write;
+const ATTRIBUTES: Need = Need::Attributes;
 const ENTRIES: Need = Need::Entries;
 const FOLLOW: Last = Last::Follow;
 const NO_FOLLOW: Last = Last::NoFollow;
@@ -137,14 +138,16 @@ pub fn paths(nr: u32) -> &'static [PathUse] {
             const IN_DONT_FOLLOW: u32 = 0x0200_0000;
             uses![PathUse::new(1, Last::NoFollowIf(2, IN_DONT_FOLLOW), READ)]
         }
-        __NR_truncate | __NR_chmod | __NR_chown | __NR_utime | __NR_utimes | __NR_setxattr
-        | __NR_removexattr => uses![PathUse::new(0, FOLLOW, WRITE)],
-        __NR_lchown | __NR_lsetxattr | __NR_lremovexattr => {
-            uses![PathUse::new(0, NO_FOLLOW, WRITE)]
+        __NR_truncate => uses![PathUse::new(0, FOLLOW, WRITE)],
+        __NR_chmod | __NR_chown | __NR_utime | __NR_utimes | __NR_setxattr | __NR_removexattr => {
+            uses![PathUse::new(0, FOLLOW, ATTRIBUTES)]
         }
-        __NR_fchmodat | __NR_futimesat => uses![PathUse::at(0, FOLLOW, WRITE)],
-        __NR_fchmodat2 | __NR_utimensat => uses![PathUse::at(0, unless_told(3), WRITE)],
-        __NR_fchownat => uses![PathUse::at(0, unless_told(4), WRITE)],
+        __NR_lchown | __NR_lsetxattr | __NR_lremovexattr => {
+            uses![PathUse::new(0, NO_FOLLOW, ATTRIBUTES)]
+        }
+        __NR_fchmodat | __NR_futimesat => uses![PathUse::at(0, FOLLOW, ATTRIBUTES)],
+        __NR_fchmodat2 | __NR_utimensat => uses![PathUse::at(0, unless_told(3), ATTRIBUTES)],
+        __NR_fchownat => uses![PathUse::at(0, unless_told(4), ATTRIBUTES)],
         __NR_mkdir | __NR_rmdir | __NR_unlink | __NR_mknod => {
             uses![PathUse::new(0, ENTRY, ENTRIES)]
         }
@@ -162,11 +165,11 @@ pub fn paths(nr: u32) -> &'static [PathUse] {
         // A second name in a folder that may be written makes the file one that
         // may be written: so it must be that before.
         __NR_link => uses![
-            PathUse::new(0, NO_FOLLOW, WRITE),
+            PathUse::new(0, NO_FOLLOW, ATTRIBUTES),
             PathUse::new(1, ENTRY, ENTRIES)
         ],
         __NR_linkat => uses![
-            PathUse::at(0, Last::FollowIf(4, AT_SYMLINK_FOLLOW), WRITE),
+            PathUse::at(0, Last::FollowIf(4, AT_SYMLINK_FOLLOW), ATTRIBUTES),
             PathUse::at(2, ENTRY, ENTRIES)
         ],
         _ => &[],
