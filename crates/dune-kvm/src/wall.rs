@@ -442,8 +442,8 @@ pub unsafe extern "C" fn call(
 /// registers and the mask. Only for where there is a wall.
 ///
 /// The kernel starts a handler with its default rights, so this one takes open rights first.
-/// Then it looks where it stands: a stack pointer on a [`Stack`](crate::wall::Stack) means that
-/// a [`call`](crate::wall::call) was interrupted, and that the frame is where any call behind the wall of any
+/// Then it looks where it stands: a stack pointer on a [`Stack`] means that
+/// a [`call`] was interrupted, and that the frame is where any call behind the wall of any
 /// thread may write, should its pointers be unchecked. So the handler does not run there:
 ///
 /// ```text

@@ -438,6 +438,7 @@ impl Command {
         if let Some(debugger) = &self.debugger {
             guard.program.set_debugger(debugger);
         }
+        signal::host::take_over_from_libc();
         signal::host::forbid_core_dumps();
         let segments = self.segments.iter().map(|&id| {
             let found = Segment::of(id);

@@ -90,8 +90,9 @@ pub(crate) fn program(pages: u32) -> ! {
     // SAFETY: an option that no kernel knows.
     unsafe { libc::prctl(MARKER_OPTION as i32, 0, 0, 0, 0) };
     for page in 0..pages as usize {
+        let byte = &raw mut memory[page * PAGE];
         // SAFETY: of the vector above.
-        unsafe { memory.as_mut_ptr().add(page * PAGE).write_volatile(2) };
+        unsafe { byte.write_volatile(2) };
     }
     // SAFETY: ends the program.
     unsafe { libc::_exit(0) }

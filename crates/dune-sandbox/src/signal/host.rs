@@ -261,6 +261,27 @@ pub(crate) fn die_of(signal: u32) {
     raise(signal);
 }
 
+/// Takes from the C library the signal by which its threads tell each other of `setuid`. It
+/// installs its handler when it makes its first thread, which would be in the place of the
+/// program's, and the handler believes whoever sends the signal. So that happens here, by a
+/// thread that there is no memory for, and the program gets what it has after `execve`.
+///
+/// The guard does not change its identity by the C library.
+pub(crate) fn take_over_from_libc() {
+    /// `SIGSETXID` of glibc.
+    const TELLS_OF_SETUID: u32 = 33;
+    /// More than there is address space.
+    const TOO_MUCH: usize = 1 << 60;
+    let none = std::thread::Builder::new()
+        .stack_size(TOO_MUCH)
+        .spawn(|| ());
+    debug_assert!(none.is_err());
+    let installed = disposition(TELLS_OF_SETUID).map(|action| action.disposition());
+    if installed == Some(Disposition::Handler) {
+        set_hosts_default(TELLS_OF_SETUID);
+    }
+}
+
 /// Forbids core dumps of this process: they would hold the guard.
 ///
 /// One byte, not none: where dumps go to a program, the kernel does not look at the limit but

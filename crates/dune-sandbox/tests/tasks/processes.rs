@@ -111,10 +111,8 @@ fn clocks_go_forwards(who: &str) {
     };
     let before = asked(libc::CLOCK_REALTIME) / 1000;
     // SAFETY: libc writes the time.
-    assert_eq!(
-        unsafe { libc::gettimeofday(&raw mut day, ptr::null_mut()) },
-        0
-    );
+    let told_day = unsafe { libc::gettimeofday(&raw mut day, ptr::null_mut()) };
+    assert_eq!(told_day, 0);
     let after = asked(libc::CLOCK_REALTIME) / 1000;
     let day = i128::from(day.tv_sec) * 1_000_000 + i128::from(day.tv_usec);
     assert!(

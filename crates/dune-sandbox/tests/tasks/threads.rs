@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use super::Scenario;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
+    ("signals_of_the_c_library", signals_of_the_c_library),
     ("five_hundred_at_once", five_hundred_at_once),
     ("two_thousand_in_sequence", two_thousand_in_sequence),
     ("mutex_and_condition", mutex_and_condition),
@@ -617,6 +618,41 @@ fn identities() {
         thread::yield_now();
     }
     println!("threads: {}", count());
+}
+
+/// The signal by which a C library tells its threads of `setuid` is the program's own, however
+/// the guard makes threads: one without the C library, which sets nothing up for it.
+fn signals_of_the_c_library() {
+    const SETXID: i64 = 33;
+    extern "C" fn work(_: *mut libc::c_void) -> i32 {
+        // SAFETY: ends the thread.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+        0
+    }
+    let ignore = [libc::SIG_IGN as u64, 0, 0, 0];
+    let stack: &'static mut [u128] = Box::leak(vec![0_u128; 4096].into());
+    let flags = libc::CLONE_VM
+        | libc::CLONE_FS
+        | libc::CLONE_FILES
+        | libc::CLONE_SIGHAND
+        | libc::CLONE_THREAD
+        | libc::CLONE_SYSVSEM;
+    // SAFETY: a structure of the kernel's, and a stack that is nobody else's.
+    let results = unsafe {
+        [
+            libc::syscall(libc::SYS_rt_sigaction, SETXID, ignore.as_ptr(), 0, 8),
+            libc::clone(
+                work,
+                stack.as_mut_ptr_range().end.cast(),
+                flags,
+                ptr::null_mut(),
+            )
+            .min(1)
+            .into(),
+            libc::syscall(libc::SYS_tkill, libc::syscall(libc::SYS_gettid), SETXID),
+        ]
+    };
+    println!("{results:?}");
 }
 
 fn refused_flags() {
