@@ -347,6 +347,11 @@ pub fn gives_up_at(rip: u64) -> Option<u64> {
         .then(|| label(&raw const dune_wall_given_up))
 }
 
+/// Where the labels are: whoever looks for them needs [`call`] to be there.
+#[used]
+static LABELLED: unsafe extern "C" fn(usize, *const [usize; 6], *const u8, &'static Slot) -> isize =
+    call;
+
 unsafe extern "C" {
     static dune_wall_start: u8;
     static dune_wall_end: u8;
