@@ -4,15 +4,21 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Where cargo puts the archive that this package is.
+/// The archive that this package is, which cargo does not make for its tests.
 fn archive() -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    let deps = own.parent().unwrap();
-    [deps.parent().unwrap(), deps]
-        .map(|folder| folder.join("libdune_gc.a"))
-        .into_iter()
-        .find(|path| path.is_file())
-        .expect("cargo builds the library before its tests")
+    let profile = own.parent().unwrap().parent().unwrap();
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "--lib", "-p", env!("CARGO_PKG_NAME")])
+        .arg("--target-dir")
+        .arg(profile.parent().unwrap())
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().unwrap().success(), "cargo build");
+    profile.join("libdune_gc.a")
 }
 
 fn compile(into: &Path) {

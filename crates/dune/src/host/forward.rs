@@ -5,6 +5,7 @@
 use core::sync::atomic::Ordering;
 
 use dune_kvm::sys::{self, Errno, nr};
+use dune_kvm::wall::Wall;
 
 use crate::arch;
 use crate::host::{clone, outputs, run, wall};
@@ -22,8 +23,6 @@ const MINSIGSTKSZ: u64 = 2048;
 /// memory that was given away by `mmap` with this flag, or by [`Wall::give`], and answers
 /// `EFAULT` to any other address. Where there is none, or outside Dune mode, the flag changes
 /// nothing.
-///
-/// [`Wall::give`]: dune_kvm::wall::Wall::give
 pub const WALLED: usize = 1 << 32;
 
 /// Numbers of calls that are not simply forwarded, as a bit set.
@@ -74,8 +73,9 @@ pub(crate) unsafe fn system_call(area: *mut ThreadArea) -> isize {
 unsafe fn execute(area: *mut ThreadArea) -> isize {
     // SAFETY: the area is this thread's.
     let this = unsafe { &mut *area };
-    // The kernel looks at the lower half only; the upper one may say who asks.
-    let walled = this.number & WALLED != 0;
+    // The kernel looks at the lower half only; the upper one says who asks, where there is
+    // somebody who has a wall. Elsewhere anything may be in it.
+    let walled = this.number & WALLED != 0 && Wall::get().is_some();
     let number = this.number as u32 as usize;
     this.number = number;
     let special = SPECIAL
