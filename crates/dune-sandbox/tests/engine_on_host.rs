@@ -7,7 +7,7 @@
 
 use std::arch::global_asm;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use dune_kvm::probe::{self, Placement};
@@ -15,6 +15,7 @@ use dune_sandbox::engine::on_host::OnHost;
 use dune_sandbox::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
 use dune_sandbox::host;
 use dune_sandbox::range::PageRange;
+use linux_raw_sys::general::{__NR_gettid, __NR_tgkill};
 
 const PAGE: u64 = 4096;
 const CODE: u64 = 0x40_0000;
@@ -863,7 +864,6 @@ program!(
 #[test]
 fn kicks_reach_a_program_that_asks_for_nothing_but_its_id() {
     const SIGALRM: i32 = 14;
-    const ITIMER_REAL: i32 = 0;
     let mut program = Program::new(ids_for_ever());
     program.engine.answer_by_itself(true).unwrap();
     program.user.regs.r12 = u64::from(std::process::id());
@@ -871,25 +871,39 @@ fn kicks_reach_a_program_that_asks_for_nothing_but_its_id() {
     KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
     // SAFETY: the handler stores one byte.
     unsafe { signal(SIGALRM, on_alarm) };
-    let every = [0, 400, 0, 400];
-    // SAFETY: the value is two pairs of seconds and microseconds.
-    unsafe { setitimer(ITIMER_REAL, &raw const every, std::ptr::null_mut()) };
+    let process = u64::from(std::process::id());
+    // SAFETY: takes nothing.
+    let thread = unsafe { host::syscall(__NR_gettid, [0; 6]) }.unwrap();
+    let over = AtomicBool::new(false);
     let mut kicks = 0;
-    while kicks < 300 {
-        match program.run() {
-            Trap::Interrupted => kicks += 1,
-            Trap::Syscall if program.user.regs.rax == GETPID => {
-                program.user.regs.rax = program.user.regs.r12;
+    std::thread::scope(|scope| {
+        // To this thread: one for the process may interrupt another, and the program
+        // makes no exit by itself. Bounded, should an assertion here fail.
+        scope.spawn(|| {
+            for _ in 0..100_000 {
+                if over.load(Ordering::SeqCst) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_micros(400));
+                let args = [process, thread, SIGALRM as u64, 0, 0, 0];
+                // SAFETY: the handler stores one byte.
+                let _ = unsafe { host::syscall(__NR_tgkill, args) };
             }
-            Trap::Syscall if program.user.regs.rax == PTRACE => {
-                program.user.regs.rax = program.user.regs.r13;
+        });
+        while kicks < 300 {
+            match program.run() {
+                Trap::Interrupted => kicks += 1,
+                Trap::Syscall if program.user.regs.rax == GETPID => {
+                    program.user.regs.rax = program.user.regs.r12;
+                }
+                Trap::Syscall if program.user.regs.rax == PTRACE => {
+                    program.user.regs.rax = program.user.regs.r13;
+                }
+                trap => panic!("{trap:?} {:x?}", program.user),
             }
-            trap => panic!("{trap:?} {:x?}", program.user),
         }
-    }
-    let never = [0; 4];
-    // SAFETY: as above.
-    unsafe { setitimer(ITIMER_REAL, &raw const never, std::ptr::null_mut()) };
+        over.store(true, Ordering::SeqCst);
+    });
     KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
     assert!(program.user.regs.rbx > 0);
 }
