@@ -56,3 +56,63 @@ pub(crate) fn line(command: &Command) -> String {
         .collect::<Vec<_>>()
         .join(" ")
 }
+
+/// Kills every process that this one, a child of ours, has started, but not itself.
+pub(crate) fn kill_descendants(of: u32) {
+    let mut parents = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        if let Some(parent) = parent_of(id) {
+            parents.push((id, parent));
+        }
+    }
+    let mut doomed = vec![of];
+    let mut next = 0;
+    while let Some(&parent) = doomed.get(next) {
+        next += 1;
+        let children = parents.iter().filter(|pair| pair.1 == parent);
+        doomed.extend(children.map(|pair| pair.0));
+    }
+    // The deepest first: none of them sees a child die and starts another.
+    for id in doomed.into_iter().skip(1).rev() {
+        if let Some(pid) = i32::try_from(id)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+        {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// The fourth field of `/proc/PID/stat`, behind a name that may hold anything.
+fn parent_of(id: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descendants_die_and_the_child_goes_on() {
+        let mut child = Command::new("sh")
+            .args(["-c", "sh -c 'sleep 300; :'; exit 7"])
+            .spawn()
+            .unwrap();
+        let id = child.id();
+        let started = std::time::Instant::now();
+        while child.try_wait().unwrap().is_none() && started.elapsed().as_secs() < 60 {
+            kill_descendants(id);
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(7));
+    }
+}

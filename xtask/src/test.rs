@@ -7,7 +7,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dune_lab::tools::{self, Tool};
@@ -141,6 +142,10 @@ fn cargo_test(
     Ok(())
 }
 
+/// How long a target may say nothing. The longest that a sound test was seen to
+/// take on two busy cores is a third of it.
+const SILENCE: Duration = Duration::from_secs(600);
+
 fn follow(command: &mut Command, tally: &mut Tally) -> Result<bool> {
     // One pipe for both streams: cargo names the targets on standard error,
     // their results come on standard output, and their order matters.
@@ -153,13 +158,34 @@ fn follow(command: &mut Command, tally: &mut Tally) -> Result<bool> {
         .with_context(|| format!("start `{}`", crate::process::line(command)))?;
     // The command holds the other ends of the pipe.
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut reader = BufReader::new(reader);
-    let mut line = Vec::new();
-    while reader.read_until(b'\n', &mut line).context("read a pipe")? != 0 {
-        let text = String::from_utf8_lossy(&line);
-        print!("{text}");
-        tally.read(&text);
-        line.clear();
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut reader = BufReader::new(reader);
+        let mut line = Vec::new();
+        while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
+            if sender.send(std::mem::take(&mut line)).is_err() {
+                return;
+            }
+        }
+    });
+    loop {
+        match lines.recv_timeout(SILENCE) {
+            Ok(line) => {
+                let text = String::from_utf8_lossy(&line);
+                print!("{text}");
+                tally.read(&text);
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            // A test that hangs is a failure of that target, not of the whole
+            // run: cargo goes on with the next.
+            Err(RecvTimeoutError::Timeout) => {
+                println!(
+                    "cargo xtask: nothing said for {} s: this target is ended",
+                    SILENCE.as_secs()
+                );
+                crate::process::kill_descendants(child.id());
+            }
+        }
     }
     tally.close();
     Ok(child.wait().context("wait for cargo")?.success())

@@ -15,7 +15,6 @@ use dune_sandbox::engine::on_host::OnHost;
 use dune_sandbox::engine::{Access, Engine, EngineError, PageFaultError, Trap, UserState};
 use dune_sandbox::host;
 use dune_sandbox::range::PageRange;
-use linux_raw_sys::general::{__NR_gettid, __NR_tgkill};
 
 const PAGE: u64 = 4096;
 const CODE: u64 = 0x40_0000;
@@ -863,33 +862,12 @@ program!(
 /// The program is nearly always in the page of answers or in the kernel of it.
 #[test]
 fn kicks_reach_a_program_that_asks_for_nothing_but_its_id() {
-    const SIGALRM: i32 = 14;
     let mut program = Program::new(ids_for_ever());
     program.engine.answer_by_itself(true).unwrap();
     program.user.regs.r12 = u64::from(std::process::id());
     program.user.regs.r13 = (-1_i64) as u64;
-    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
-    // SAFETY: the handler stores one byte.
-    unsafe { signal(SIGALRM, on_alarm) };
-    let process = u64::from(std::process::id());
-    // SAFETY: takes nothing.
-    let thread = unsafe { host::syscall(__NR_gettid, [0; 6]) }.unwrap();
-    let over = AtomicBool::new(false);
-    let mut kicks = 0;
-    std::thread::scope(|scope| {
-        // To this thread: one for the process may interrupt another, and the program
-        // makes no exit by itself. Bounded, should an assertion here fail.
-        scope.spawn(|| {
-            for _ in 0..100_000 {
-                if over.load(Ordering::SeqCst) {
-                    return;
-                }
-                std::thread::sleep(Duration::from_micros(400));
-                let args = [process, thread, SIGALRM as u64, 0, 0, 0];
-                // SAFETY: the handler stores one byte.
-                let _ = unsafe { host::syscall(__NR_tgkill, args) };
-            }
-        });
+    kicked(&mut program, Duration::from_micros(400), |program| {
+        let mut kicks = 0;
         while kicks < 300 {
             match program.run() {
                 Trap::Interrupted => kicks += 1,
@@ -902,9 +880,7 @@ fn kicks_reach_a_program_that_asks_for_nothing_but_its_id() {
                 trap => panic!("{trap:?} {:x?}", program.user),
             }
         }
-        over.store(true, Ordering::SeqCst);
     });
-    KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
     assert!(program.user.regs.rbx > 0);
 }
 
@@ -1033,9 +1009,41 @@ extern "C" fn on_alarm(_: i32) {
     }
 }
 
+/// Runs `body` with the program, whose engine is kicked every so often meanwhile.
+///
+/// The signal goes to this thread: one for the process (a timer's) may interrupt
+/// another, and a program that makes no exit would then run for ever.
+fn kicked<R>(program: &mut Program, every: Duration, body: impl FnOnce(&mut Program) -> R) -> R {
+    const SIGALRM: i32 = 14;
+    /// Whatever way the body ends.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+            KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
+        }
+    }
+    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
+    // SAFETY: the handler stores one byte.
+    unsafe { signal(SIGALRM, on_alarm) };
+    // SAFETY: no precondition.
+    let me = unsafe { pthread_self() };
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                std::thread::sleep(every);
+                // SAFETY: the thread waits for this one.
+                unsafe { pthread_kill(me, SIGALRM) };
+            }
+        });
+        let _over = Over(&over);
+        body(program)
+    })
+}
+
 unsafe extern "C" {
     fn signal(number: i32, handler: extern "C" fn(i32)) -> usize;
-    fn setitimer(which: i32, new: *const [i64; 4], old: *mut [i64; 4]) -> i32;
     fn pthread_self() -> usize;
     fn pthread_kill(thread: usize, number: i32) -> i32;
 }
@@ -1084,8 +1092,6 @@ program!(
 
 #[test]
 fn kicks_at_any_moment_lose_nothing() {
-    const SIGALRM: i32 = 14;
-    const ITIMER_REAL: i32 = 0;
     const ROUNDS: u64 = 3_000;
     const BIG: u64 = 0x2000_0000;
     let mut program = Program::new(calls_and_faults());
@@ -1097,25 +1103,17 @@ fn kicks_at_any_moment_lose_nothing() {
     );
     program.user.regs.rsi = BIG;
     program.user.regs.r12 = ROUNDS;
-    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
-    // SAFETY: the handler stores one byte.
-    unsafe { signal(SIGALRM, on_alarm) };
-    let every = [0, 300, 0, 300];
-    // SAFETY: the value is two pairs of seconds and microseconds.
-    unsafe { setitimer(ITIMER_REAL, &raw const every, std::ptr::null_mut()) };
     let (mut calls, mut kicks) = (0, 0);
-    loop {
-        match program.run() {
-            Trap::Interrupted => kicks += 1,
-            Trap::Syscall if program.user.regs.rax == 1 => calls += 1,
-            Trap::Syscall => break,
-            trap => panic!("{trap:?}"),
+    kicked(&mut program, Duration::from_micros(300), |program| {
+        loop {
+            match program.run() {
+                Trap::Interrupted => kicks += 1,
+                Trap::Syscall if program.user.regs.rax == 1 => calls += 1,
+                Trap::Syscall => break,
+                trap => panic!("{trap:?}"),
+            }
         }
-    }
-    let never = [0; 4];
-    // SAFETY: as above.
-    unsafe { setitimer(ITIMER_REAL, &raw const never, std::ptr::null_mut()) };
-    KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
+    });
     assert_eq!((calls, program.user.regs.rbx), (ROUNDS, ROUNDS));
     assert!(kicks > 0);
 }
@@ -1352,8 +1350,6 @@ fn hostile_value(dice: &mut Dice) -> u64 {
 /// `DUNE_HOSTILE_PROGRAMS` sets how many are tried, `DUNE_HOSTILE_SEED` which.
 #[test]
 fn no_instruction_harms_the_engine() {
-    const ITIMER_REAL: i32 = 0;
-    const SIGALRM: i32 = 14;
     let setting = |name: &str, default: u64| {
         std::env::var(name)
             .ok()
@@ -1364,65 +1360,57 @@ fn no_instruction_harms_the_engine() {
     let mut dice = Dice(setting("DUNE_HOSTILE_SEED", 0x5eed));
     let mut program = Program::new(&[0x90; 64]);
     program.engine.answer_by_itself(true).unwrap();
-    KICK.store(program.engine.kick_byte().as_ptr(), Ordering::SeqCst);
-    // SAFETY: the handler stores one byte.
-    unsafe { signal(SIGALRM, on_alarm) };
-    let every = [0, 5_000, 0, 5_000];
-    // SAFETY: the value is two pairs of seconds and microseconds.
-    unsafe { setitimer(ITIMER_REAL, &raw const every, std::ptr::null_mut()) };
     let mut seen = std::collections::BTreeMap::new();
-    for number in 0..programs {
-        let code = hostile_program(&mut dice);
-        mprotect(CODE, PAGE, PROT_READ_WRITE);
-        // SAFETY: the page is the program's and writable now.
-        unsafe { (CODE as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
-        mprotect(CODE, PAGE, PROT_READ);
-        let regs = &mut program.user.regs;
-        for register in [
-            &mut regs.rax,
-            &mut regs.rbx,
-            &mut regs.rcx,
-            &mut regs.rdx,
-            &mut regs.rsi,
-            &mut regs.rdi,
-            &mut regs.rbp,
-            &mut regs.rsp,
-            &mut regs.r8,
-            &mut regs.r11,
-        ] {
-            *register = hostile_value(&mut dice);
+    kicked(&mut program, Duration::from_millis(5), |program| {
+        for number in 0..programs {
+            let code = hostile_program(&mut dice);
+            mprotect(CODE, PAGE, PROT_READ_WRITE);
+            // SAFETY: the page is the program's and writable now.
+            unsafe { (CODE as *mut u8).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+            mprotect(CODE, PAGE, PROT_READ);
+            let regs = &mut program.user.regs;
+            for register in [
+                &mut regs.rax,
+                &mut regs.rbx,
+                &mut regs.rcx,
+                &mut regs.rdx,
+                &mut regs.rsi,
+                &mut regs.rdi,
+                &mut regs.rbp,
+                &mut regs.rsp,
+                &mut regs.r8,
+                &mut regs.r11,
+            ] {
+                *register = hostile_value(&mut dice);
+            }
+            regs.rip = CODE;
+            regs.rflags = hostile_value(&mut dice);
+            program.user.fs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
+            program.user.gs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
+            program.faults = 0;
+            for _ in 0..6 {
+                let trap = match program.try_run() {
+                    Ok(trap) => trap,
+                    Err(error) => panic!("program {number}, {code:02x?}: {error}"),
+                };
+                let kind = match trap {
+                    Trap::Exception { vector, .. } => format!("exception {vector}"),
+                    Trap::PageFault { .. } => "page fault".to_owned(),
+                    other => format!("{other:?}"),
+                };
+                *seen.entry(kind).or_insert(0_u32) += 1;
+                let rflags = program.user.regs.rflags & !UserState::RFLAGS_USER;
+                // A kick that comes first leaves everything as it was.
+                let untouched = trap == Trap::Interrupted;
+                assert!(
+                    untouched || rflags == 0x202,
+                    "program {number}, {code:02x?}: {rflags:#x}"
+                );
+                // As a handler would that goes on behind the fault.
+                program.user.regs.rip = CODE + dice.throw() % 80;
+            }
         }
-        regs.rip = CODE;
-        regs.rflags = hostile_value(&mut dice);
-        program.user.fs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
-        program.user.gs_base = hostile_value(&mut dice) & 0x7fff_ffff_ffff;
-        program.faults = 0;
-        for _ in 0..6 {
-            let trap = match program.try_run() {
-                Ok(trap) => trap,
-                Err(error) => panic!("program {number}, {code:02x?}: {error}"),
-            };
-            let kind = match trap {
-                Trap::Exception { vector, .. } => format!("exception {vector}"),
-                Trap::PageFault { .. } => "page fault".to_owned(),
-                other => format!("{other:?}"),
-            };
-            *seen.entry(kind).or_insert(0_u32) += 1;
-            let rflags = program.user.regs.rflags & !UserState::RFLAGS_USER;
-            // A kick that comes first leaves everything as it was.
-            let untouched = trap == Trap::Interrupted;
-            assert!(
-                untouched || rflags == 0x202,
-                "program {number}, {code:02x?}: {rflags:#x}"
-            );
-            // As a handler would that goes on behind the fault.
-            program.user.regs.rip = CODE + dice.throw() % 80;
-        }
-    }
-    let never = [0; 4];
-    // SAFETY: as above.
-    unsafe { setitimer(ITIMER_REAL, &raw const never, std::ptr::null_mut()) };
-    KICK.store(std::ptr::null_mut(), Ordering::SeqCst);
+    });
     println!("{seen:?}");
     // The engine is as good as new.
     mprotect(CODE, PAGE, PROT_READ_WRITE);
