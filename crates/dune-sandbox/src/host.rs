@@ -257,6 +257,17 @@ pub(crate) fn most_descriptors() -> u64 {
     get_nofile().map_or(0, |limit| limit.rlim_max)
 }
 
+/// Does something while the soft limit on open files is the hard one, or not at
+/// all (`None`) if it is that already or cannot be changed. The limit is the
+/// whole process's, so no other thread of the program may run.
+pub(crate) fn with_hard_nofile<T>(body: impl FnOnce() -> T) -> Option<T> {
+    let old = get_nofile().ok()?;
+    if old.rlim_cur >= old.rlim_max {
+        return None;
+    }
+    with_nofile(&old, old.rlim_max, body).ok()
+}
+
 /// Does something while the limit on open files, now `old`, is `soft`.
 fn with_nofile<T>(
     old: &general::rlimit64,

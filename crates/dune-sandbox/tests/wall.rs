@@ -29,10 +29,6 @@ use std::process::{Command, ExitCode, Stdio};
 /// pointer.
 const SLOW: [&str; 1] = ["rights_that_change_half_way"];
 
-/// In guest, `execve` with hardly a descriptor left to open the program does not
-/// end, with all checks as without.
-const UNENDING_IN_GUEST: &str = "descriptors_kept_over_execve";
-
 /// Set in the processes that play the storm of signals.
 const STORM: &str = "DUNE_TEST_STORM";
 
@@ -57,7 +53,7 @@ fn attacks_fail_unchecked(engine: &str) {
     let all = attack::names().into_iter().map(|name| (name, true));
     let more = attack_more::names().into_iter().map(|name| (name, false));
     for (name, first) in all.chain(more) {
-        if SLOW.contains(&name) || (engine == "guest" && name == UNENDING_IN_GUEST) {
+        if SLOW.contains(&name) {
             println!("{name}: left out");
             continue;
         }

@@ -10,7 +10,7 @@ use linux_raw_sys::general::{
 
 use crate::calls::{forward, forward_always, own, own_mut};
 use crate::guard::Guard;
-use crate::host::{Errno, SysResult};
+use crate::host::{self, Errno, SysResult};
 use crate::program::Program;
 use crate::table::Args;
 
@@ -176,9 +176,12 @@ pub(crate) fn close_on_exec(guard: &Guard) {
             close(fd as u64);
         }
     };
-    match open_descriptors() {
+    // The files of the new program may have taken the last numbers below the
+    // limit. The other threads are gone, so none can use the room meanwhile.
+    let fds = open_descriptors().or_else(|| host::with_hard_nofile(open_descriptors)?);
+    match fds {
         Some(fds) => fds.into_iter().for_each(close_if_told),
-        // None may be left over: try every number there can be.
+        // None may be left over: try every number there can be, at one exit each.
         None => (0..most_descriptors()).for_each(close_if_told),
     }
 }
