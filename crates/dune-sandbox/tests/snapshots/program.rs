@@ -577,8 +577,12 @@ fn execve_race() -> ! {
             let mut timer: libc::itimerval = std::mem::zeroed();
             timer.it_value.tv_usec = 5000;
             libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
-            libc::pread(file, long.cast(), LONG, 0);
+            // Where one is over before the signal, the next is not.
+            for _ in 0..100_000 {
+                libc::pread(file, long.cast(), LONG, 0);
+            }
         }
+        exit(61)
     }
     for _ in 0..delay {
         std::hint::spin_loop();
