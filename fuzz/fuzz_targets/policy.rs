@@ -1,5 +1,6 @@
 #![no_main]
 
+#[allow(dead_code, reason = "each target uses its own part")]
 #[path = "../../crates/dune-sandbox/tests/invariants/mod.rs"]
 mod invariants;
 

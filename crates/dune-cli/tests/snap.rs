@@ -230,6 +230,17 @@ fn a_saved_program_goes_on_in_another_process_in(placement: &str) {
     assert!(std::fs::metadata(&saved.snapshot).unwrap().len() < 64 << 20);
 }
 
+/// What is saved is the program's, not the placement's.
+fn a_saved_program_goes_on_in_the_other_placement() {
+    for (saved_in, resumed_in) in [(GUEST, HOST), (HOST, GUEST)] {
+        let saved = SavedProgram::make(saved_in);
+        let output = saved.resume(resumed_in, &[], "hello\n");
+        let said = text(&output.stderr);
+        assert_eq!(text(&output.stdout), RESUMED, "from {saved_in}: {said}");
+        assert_eq!(output.status.code(), Some(7), "from {saved_in}: {said}");
+    }
+}
+
 fn a_file_that_has_changed_is_refused_in(placement: &str) {
     let saved = SavedProgram::make(placement);
     let refused = |words: &[&str], expected: &str| {
@@ -446,6 +457,7 @@ fn main() -> ExitCode {
         plain a_damaged_file_does_no_harm, timeout 200,
         plain what_cannot_be_saved_is_said,
         ring0 resume_in_guest, timeout 120,
+        ring0 a_saved_program_goes_on_in_the_other_placement, timeout 200,
         ring0 changed_in_guest, timeout 120,
         ring0 damage_in_guest, timeout 200,
         ring0 unsaved_in_guest, timeout 120,

@@ -1,5 +1,6 @@
 //! Any text as a policy, by what the fuzz target checks too.
 
+#[allow(dead_code, reason = "each target uses its own part")]
 mod invariants;
 
 use proptest::prelude::*;

@@ -1,4 +1,5 @@
-//! Snapshots of programs, with the engine in guest.
+//! Snapshots of programs, with the engine in guest. `DUNE_SNAPSHOT_RETURNS` and
+//! `DUNE_SNAPSHOT_RUNS` are for more returns than there is time for each time.
 #![expect(unsafe_code, reason = "the programs spoil their own memory")]
 #![expect(
     clippy::multiple_unsafe_ops_per_block,

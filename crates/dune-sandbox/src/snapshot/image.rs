@@ -361,6 +361,60 @@ impl Image {
     }
 }
 
+/// The header of a file that [`super::Stopped::save`] has written, read and checked: all of a
+/// saved program but its memory.
+///
+/// To look at a file before it is resumed. Nothing of this machine is asked: whether the program
+/// can be resumed here, [`crate::Command::resume`] finds out.
+#[derive(Clone, Debug)]
+pub struct Header {
+    image: Image,
+    pages_at: u64,
+}
+
+impl Header {
+    /// Reads the header of a file of `len` bytes from its beginning, which holds at least all of
+    /// the header. Takes memory in proportion to `bytes`, whatever they say.
+    ///
+    /// # Errors
+    ///
+    /// [`ResumeError`], for anything that cannot be.
+    pub fn read(bytes: &[u8], len: u64) -> Result<Self, ResumeError> {
+        let (image, pages_at) = Image::decode(bytes, len)?;
+        Ok(Self { image, pages_at })
+    }
+
+    /// What the program has mapped; no two lie on each other.
+    #[must_use]
+    pub fn areas(&self) -> &[Area] {
+        &self.image.areas
+    }
+
+    /// The pages of them that the file holds, in its order; the others are zero.
+    #[must_use]
+    pub fn stored(&self) -> &[PageRange] {
+        &self.image.runs
+    }
+
+    /// Where in the file the first of them is, in bytes.
+    #[must_use]
+    pub fn pages_at(&self) -> u64 {
+        self.pages_at
+    }
+
+    /// The registers that it goes on with.
+    #[must_use]
+    pub fn registers(&self) -> UserState {
+        self.image.user
+    }
+
+    /// The header as a file has it, with everything before the pages.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.image.encode()
+    }
+}
+
 /// In the order of [`UserRegs`].
 fn registers(regs: &UserRegs) -> [u64; 18] {
     [
@@ -573,6 +627,21 @@ mod tests {
         assert_eq!(
             (read.user, read.areas, read.files),
             (image.user, image.areas, image.files)
+        );
+    }
+
+    #[test]
+    fn the_fuzz_target_s_seed_is_in_this_format() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/saved/small");
+        let mut small = image();
+        small.xstate.truncate(8);
+        let bytes = small.encode();
+        if std::env::var_os("DUNE_WRITE_SEEDS").is_some() {
+            std::fs::write(path, &bytes).unwrap();
+        }
+        assert!(
+            std::fs::read(path).unwrap() == bytes,
+            "the format has changed: run this test with DUNE_WRITE_SEEDS=1"
         );
     }
 

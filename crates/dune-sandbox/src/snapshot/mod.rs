@@ -95,7 +95,7 @@ use linux_raw_sys::general::{
     CLONE_CHILD_SETTID, SIGCHLD,
 };
 
-pub use self::image::ResumeError;
+pub use self::image::{Header, ResumeError};
 pub use self::memory::Restored;
 pub(crate) use self::resume::Resumed;
 pub use self::save::{SaveError, Saved};
