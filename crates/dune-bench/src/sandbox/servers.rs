@@ -16,8 +16,6 @@ use crate::matrix::RowUnit;
 use crate::meter::Figure;
 
 const SCRIPT: &str = include_str!("servers.sh");
-/// For one server under load.
-const TIME: Duration = Duration::from_secs(120);
 const CLIENTS: u32 = 10;
 
 /// A row: its id, what it is, and what it is called in the load generator's output.
@@ -95,10 +93,10 @@ pub(super) fn measure(bench: &Bench, matrix: &mut Matrix) {
 
 /// What the load generator printed, each time.
 fn load(bench: &Bench, contender: &Contender, server: &str) -> Result<Vec<String>, String> {
-    // An emulated second is long.
-    let requests = match bench.clock.unit() {
-        Unit::Instructions => 300,
-        Unit::Nanoseconds => 3000,
+    // An emulated second is long. The slowest that ends needs some two of them.
+    let (requests, seconds) = match bench.clock.unit() {
+        Unit::Instructions => (300, 20),
+        Unit::Nanoseconds => (3000, 120),
     };
     (0..bench.few().min(3))
         .map(|_| {
@@ -116,7 +114,7 @@ fn load(bench: &Bench, contender: &Contender, server: &str) -> Result<Vec<String
                 ],
             );
             let limits = Limits {
-                time: TIME,
+                time: Duration::from_secs(seconds),
                 ..Limits::default()
             };
             Ok(launch::run(command, limits)?.success()?.stdout)
