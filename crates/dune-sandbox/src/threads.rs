@@ -218,9 +218,13 @@ impl Threads {
             state.phase = Phase::Replacing(pid);
         }
         state.members.entry(pid).or_default();
-        state.kick_others(pid, pid);
+        if state.has_others(pid) {
+            state.kick_others(pid, pid);
+            // A host call, whether somebody waits or not. Who waits is the leader,
+            // which is here, or one of the others, until it leaves.
+            self.changed.notify_all();
+        }
         self.release_stopped(Some(pid));
-        self.changed.notify_all();
         let mut state = self.wait_for_others(state, pid, |_| true);
         state.run_end = None;
         if matches!(state.phase, Phase::Ending) {
@@ -238,7 +242,7 @@ impl Threads {
         tid: u32,
         still: impl Fn(&State) -> bool,
     ) -> MutexGuard<'a, State> {
-        while still(&state) && state.members.keys().any(|&other| other != tid) {
+        while still(&state) && state.has_others(tid) {
             state = self
                 .changed
                 .wait(state)
@@ -361,6 +365,11 @@ impl State {
 
     fn is_replaced_by(&self, tid: u32) -> bool {
         matches!(self.phase, Phase::Replacing(by) if by == tid)
+    }
+
+    /// Whether there are threads besides `tid`.
+    fn has_others(&self, tid: u32) -> bool {
+        self.members.keys().any(|&other| other != tid)
     }
 
     fn kick_all(&self, pid: u32) {
