@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// The root of the workspace.
 pub(crate) fn workspace() -> PathBuf {
@@ -59,19 +60,10 @@ pub(crate) fn line(command: &Command) -> String {
 
 /// Kills every process that this one, a child of ours, has started, but not itself.
 pub(crate) fn kill_descendants(of: u32) {
-    let mut parents = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(id) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
-            continue;
-        };
-        if let Some(parent) = parent_of(id) {
-            parents.push((id, parent));
-        }
-    }
+    let parents: Vec<(u32, u32)> = processes()
+        .into_iter()
+        .filter_map(|id| Some((id, parent_of(id)?)))
+        .collect();
     let mut doomed = vec![of];
     let mut next = 0;
     while let Some(&parent) = doomed.get(next) {
@@ -80,13 +72,21 @@ pub(crate) fn kill_descendants(of: u32) {
         doomed.extend(children.map(|pair| pair.0));
     }
     // The deepest first: none of them sees a child die and starts another.
-    for id in doomed.into_iter().skip(1).rev() {
-        if let Some(pid) = i32::try_from(id)
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-        {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+    doomed.into_iter().skip(1).rev().for_each(kill);
+}
+
+/// All that there are now, by their ids.
+pub(crate) fn processes() -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Kills a process, unless it has ended by itself.
+pub(crate) fn kill(id: u32) {
+    if let Some(pid) = i32::try_from(id).ok().and_then(Pid::from_raw) {
+        let _ = kill_process(pid, Signal::KILL);
     }
 }
 
@@ -113,6 +113,8 @@ mod tests {
             kill_descendants(id);
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
+        // Otherwise it ends by itself, minutes later, with the same code.
+        assert!(started.elapsed().as_secs() < 60, "the grandchild lives");
         assert_eq!(child.wait().unwrap().code(), Some(7));
     }
 }

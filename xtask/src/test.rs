@@ -135,18 +135,24 @@ fn cargo_test(
         .args(arguments)
         .envs(variables.iter().copied());
     let before = tally.failed;
-    let succeeded = follow(&mut test, tally)?;
+    let succeeded = follow(&mut test, tally, silence())?;
     if !succeeded && tally.failed == before {
         tally.fail(format!("{what}: cargo test failed; see above"));
     }
     Ok(())
 }
 
-/// How long a target may say nothing. The longest that a sound test was seen to
-/// take on two busy cores is a third of it.
-const SILENCE: Duration = Duration::from_secs(600);
+/// How long a target may say nothing: longer than any test may take (400 s), whose harness ends it
+/// itself. `DUNE_TEST_TIMEOUT_SCALE` stretches this as it does those.
+fn silence() -> Duration {
+    let scale = std::env::var("DUNE_TEST_TIMEOUT_SCALE")
+        .ok()
+        .and_then(|text| text.parse::<f64>().ok())
+        .filter(|scale| (1.0..1000.0).contains(scale));
+    Duration::from_secs(600).mul_f64(scale.unwrap_or(1.0))
+}
 
-fn follow(command: &mut Command, tally: &mut Tally) -> Result<bool> {
+fn follow(command: &mut Command, tally: &mut Tally, silence: Duration) -> Result<bool> {
     // One pipe for both streams: cargo names the targets on standard error,
     // their results come on standard output, and their order matters.
     let (reader, writer) = std::io::pipe().context("make a pipe")?;
@@ -162,26 +168,40 @@ fn follow(command: &mut Command, tally: &mut Tally) -> Result<bool> {
     std::thread::spawn(move || {
         let mut reader = BufReader::new(reader);
         let mut line = Vec::new();
-        while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
-            if sender.send(std::mem::take(&mut line)).is_err() {
+        loop {
+            let outcome = reader.read_until(b'\n', &mut line);
+            let is_last = !matches!(outcome, Ok(1..));
+            // Nobody listens any more once cargo has ended.
+            if sender
+                .send(outcome.map(|_| std::mem::take(&mut line)))
+                .is_err()
+                || is_last
+            {
                 return;
             }
         }
     });
     loop {
-        match lines.recv_timeout(SILENCE) {
+        match lines.recv_timeout(silence) {
             Ok(line) => {
+                let line = line.context("read a pipe")?;
                 let text = String::from_utf8_lossy(&line);
                 print!("{text}");
                 tally.read(&text);
             }
             Err(RecvTimeoutError::Disconnected) => break,
+            // Something that cargo has left behind holds the pipe.
+            Err(RecvTimeoutError::Timeout)
+                if child.try_wait().context("wait for cargo")?.is_some() =>
+            {
+                break;
+            }
             // A test that hangs is a failure of that target, not of the whole
             // run: cargo goes on with the next.
             Err(RecvTimeoutError::Timeout) => {
                 println!(
                     "cargo xtask: nothing said for {} s: this target is ended",
-                    SILENCE.as_secs()
+                    silence.as_secs()
                 );
                 crate::process::kill_descendants(child.id());
             }
@@ -249,6 +269,33 @@ fn report(tally: &Tally, started: Instant) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn follow_shell(script: &str) -> (Tally, bool, Duration) {
+        let mut tally = Tally::default();
+        let started = Instant::now();
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let succeeded = follow(&mut command, &mut tally, Duration::from_secs(1)).unwrap();
+        (tally, succeeded, started.elapsed())
+    }
+
+    #[test]
+    fn a_target_that_says_nothing_is_ended_and_the_next_one_runs() {
+        let (tally, succeeded, took) = follow_shell(
+            "echo '     Running a (a)'; echo 'running 1 test'; sh -c 'sleep 50; :'; \
+             echo '     Running b (b)'; echo 'running 1 test'; echo 'test one ... ok'; \
+             echo 'test result: ok. 1 passed; 0 failed'; exit 1",
+        );
+        assert_eq!((tally.passed, tally.failed), (1, 1));
+        assert_eq!(tally.failures, ["a: it died before its end"]);
+        assert!(!succeeded && took < Duration::from_secs(30), "{took:?}");
+    }
+
+    #[test]
+    fn what_cargo_leaves_behind_is_not_waited_for() {
+        let (_, succeeded, took) = follow_shell("sleep 20 & exit 0");
+        assert!(succeeded && took < Duration::from_secs(10), "{took:?}");
+    }
 
     #[test]
     fn targets_with_a_harness_of_their_own_are_found() {

@@ -2,16 +2,17 @@
 
 use std::io::Read;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::load::{End, Load};
+use crate::process;
 
 /// Runs programs in the sandbox.
 #[derive(Debug)]
@@ -116,32 +117,15 @@ impl Runner {
     /// They are ended.
     pub(super) fn leftovers(&self) -> Option<String> {
         let own = std::process::id();
-        let entries = std::fs::read_dir("/proc").ok()?;
-        let mut found: Vec<u32> = Vec::new();
-        for entry in entries.flatten() {
-            let Some(pid) = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-            else {
-                continue;
-            };
-            if pid != own && is_marked(&entry.path(), &self.mark) {
-                found.push(pid);
-            }
-        }
-        for pid in &found {
-            if let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) {
-                // It may have ended by itself.
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        }
+        let mut found = process::processes();
+        found.retain(|&id| id != own && is_marked(id, &self.mark));
+        found.iter().copied().for_each(process::kill);
         (!found.is_empty()).then(|| format!("processes were left behind: {found:?}"))
     }
 }
 
-fn is_marked(process: &Path, mark: &str) -> bool {
-    std::fs::read(process.join("environ")).is_ok_and(|environment| {
+fn is_marked(id: u32, mark: &str) -> bool {
+    std::fs::read(format!("/proc/{id}/environ")).is_ok_and(|environment| {
         environment
             .split(|byte| *byte == 0)
             .any(|one| one == mark.as_bytes())
