@@ -1,6 +1,6 @@
 //! Any text as a policy, by what the fuzz target checks too.
 
-#[allow(dead_code, reason = "each target uses its own part")]
+#[path = "invariants/policy.rs"]
 mod invariants;
 
 use proptest::prelude::*;
