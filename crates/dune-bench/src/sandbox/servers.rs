@@ -93,7 +93,7 @@ pub(super) fn measure(bench: &Bench, matrix: &mut Matrix) {
 
 /// What the load generator printed, each time.
 fn load(bench: &Bench, contender: &Contender, server: &str) -> Result<Vec<String>, String> {
-    // An emulated second is long. The slowest that ends needs some two of them.
+    // An emulated second is long: the load takes gVisor half of one.
     let (requests, seconds) = match bench.clock.unit() {
         Unit::Instructions => (300, 20),
         Unit::Nanoseconds => (3000, 120),
