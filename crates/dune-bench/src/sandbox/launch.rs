@@ -76,9 +76,11 @@ const LEFT_BEHIND: Duration = Duration::from_secs(2);
 pub(crate) fn run(mut command: Command, limits: Limits) -> Result<Ended, String> {
     use std::os::unix::process::CommandExt as _;
     let name = command.get_program().to_string_lossy().into_owned();
+    // Not /dev/null: gVisor gives what its standard input is to its own user.
+    let (ended, _) = std::io::pipe().map_err(|error| format!("make a pipe: {error}"))?;
     command
         .process_group(0)
-        .stdin(Stdio::null())
+        .stdin(ended)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| match error.kind() {
@@ -227,6 +229,14 @@ fn start_time(pid: u32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn standard_input_ends_at_once_and_is_nobody_elses() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "cat && ! test /dev/stdin -ef /dev/null"]);
+        let ended = run(command, Limits::default()).unwrap().success();
+        assert_eq!(ended.unwrap().stdout, "");
+    }
 
     #[test]
     fn a_command_that_takes_too_long_is_ended_with_its_children() {
