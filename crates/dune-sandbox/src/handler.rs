@@ -164,7 +164,7 @@ impl<'a> Request<'a> {
     /// Those of `memfd_create` and `write`; `EFBIG` beyond the program's limit
     /// on file sizes.
     pub fn give_file(&mut self, contents: &[u8]) -> SysResult {
-        procfs::sealed_file(contents)
+        procfs::sealed_file(&self.guard.program, contents)
     }
 }
 

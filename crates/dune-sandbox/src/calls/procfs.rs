@@ -22,16 +22,16 @@
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use linux_raw_sys::general::{
     __NR_dup3, __NR_fcntl, __NR_lseek, __NR_memfd_create, __NR_openat, __NR_prlimit64, __NR_read,
     __NR_readlinkat, __NR_unshare, __NR_write, __O_TMPFILE, AT_FDCWD, CLONE_FILES, F_ADD_SEALS,
-    F_DUPFD, F_DUPFD_CLOEXEC, F_GETFL, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE,
-    MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOCTTY, O_NOFOLLOW,
-    O_NONBLOCK, O_PATH, O_RDONLY, RLIMIT_FSIZE,
+    F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK,
+    F_SEAL_WRITE, MFD_ALLOW_SEALING, MFD_CLOEXEC, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL,
+    O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, RLIMIT_FSIZE,
 };
 
 use crate::calls::file::give_up;
@@ -120,10 +120,8 @@ pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -
         View::Rendered(what) => {
             let host = name.read_apart(guard)?;
             let text = render(guard, what, &host)?;
-            let file = memory_file(&text, MFD_CLOEXEC)?.0.into_raw_fd() as u64;
             // With the way of access that the program asked for.
-            let file = HiddenName::take(&guard.program, file)?;
-            file.open(flags)
+            memory_file(&guard.program, &text, MFD_CLOEXEC)?.open(flags)
         }
     }
 }
@@ -143,8 +141,23 @@ impl<'a> HiddenName<'a> {
         if hidden.binary_search(&(fd as RawFd)).is_ok() {
             return Err(Errno::EBADF);
         }
-        let fd = move_fd_high(Owned::new(fd).0).map_err(|error| Errno::of(&error))?;
-        program.pass(&mut hidden, fd.as_raw_fd());
+        // Or closed it; from here on none can.
+        forward_always(__NR_fcntl, [fd, u64::from(F_GETFD), 0, 0, 0, 0])?;
+        Self::hide(program, &mut hidden, Owned::new(fd))
+    }
+
+    /// A new file in memory.
+    fn of_memory(program: &'a Program, flags: u32) -> Result<Self, Errno> {
+        // No thread of the program replaces or closes a descriptor meanwhile.
+        let mut hidden = program.hidden_fds_mut();
+        let args = [own(c"proc"), u64::from(flags), 0, 0, 0, 0];
+        let file = Owned::new(forward_always(__NR_memfd_create, args)?);
+        Self::hide(program, &mut hidden, file)
+    }
+
+    fn hide(program: &'a Program, hidden: &mut Vec<RawFd>, fd: Owned) -> Result<Self, Errno> {
+        let fd = move_fd_high(fd.0).map_err(|error| Errno::of(&error))?;
+        program.pass(hidden, fd.as_raw_fd());
         Ok(Self {
             program,
             fd: Some(fd),
@@ -227,7 +240,7 @@ fn vet(guard: &Guard, opened: u64, flags: u64) -> SysResult {
         View::Rendered(_) if flags & u64::from(O_PATH) != 0 => return Ok(opened),
         View::Rendered(what) => read_all(opened)
             .and_then(|host| render(guard, what, &host))
-            .and_then(|text| replace_by_text(opened, &text, flags)),
+            .and_then(|text| replace_by_text(&guard.program, opened, &text, flags)),
     };
     match result {
         Ok(()) => Ok(opened),
@@ -546,9 +559,9 @@ fn render_maps(guard: &Guard, text: &[u8]) -> Vec<u8> {
     rendered
 }
 
-/// Puts a file with `text` in the place of the descriptor `opened`.
-fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
-    let file = memory_file(text, MFD_CLOEXEC)?;
+/// Puts a file with `text` in the place of the descriptor `opened`, of a program with one thread.
+fn replace_by_text(program: &Program, opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
+    let file = memory_file(program, text, MFD_CLOEXEC)?;
     let cloexec = flags & u64::from(O_CLOEXEC);
     forward_always(__NR_dup3, [file.fd(), opened, cloexec, 0, 0, 0])?;
     Ok(())
@@ -556,16 +569,22 @@ fn replace_by_text(opened: u64, text: &[u8], flags: u64) -> Result<(), Errno> {
 
 /// A descriptor for the program, of a file with these contents that nobody can
 /// change.
-pub(crate) fn sealed_file(contents: &[u8]) -> SysResult {
-    let file = memory_file(contents, MFD_ALLOW_SEALING)?;
+pub(crate) fn sealed_file(program: &Program, contents: &[u8]) -> SysResult {
+    let file = memory_file(program, contents, MFD_ALLOW_SEALING)?;
     let seals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
     let args = [file.fd(), u64::from(F_ADD_SEALS), u64::from(seals), 0, 0, 0];
     forward_always(__NR_fcntl, args)?;
-    Ok(file.0.into_raw_fd() as u64)
+    // Before that, another thread could have guessed the number and opened the file through
+    // /proc/self/fd.
+    if read_all(file.fd())? != contents {
+        return Err(Errno::EIO);
+    }
+    rewind(file.fd())?;
+    file.give(0)
 }
 
 /// A file in memory that holds `text`, positioned at its start.
-fn memory_file(text: &[u8], flags: u32) -> Result<Owned, Errno> {
+fn memory_file<'a>(program: &'a Program, text: &[u8], flags: u32) -> Result<HiddenName<'a>, Errno> {
     // Writing past the program's file size limit would kill it.
     let mut limit = [0_u64; 2];
     let get = [0, u64::from(RLIMIT_FSIZE), 0, own_mut(&mut limit), 0, 0];
@@ -573,16 +592,22 @@ fn memory_file(text: &[u8], flags: u32) -> Result<Owned, Errno> {
     if limit[0] < text.len() as u64 {
         return Err(Errno::EFBIG);
     }
-    let args = [own(c"proc"), u64::from(flags), 0, 0, 0, 0];
-    let file = Owned::new(forward_always(__NR_memfd_create, args)?);
+    let file = HiddenName::of_memory(program, flags)?;
     let mut rest = text;
     while !rest.is_empty() {
         let args = [file.fd(), own(rest), rest.len() as u64, 0, 0, 0];
         let written = forward_always(__NR_write, args)?;
+        if written == 0 {
+            return Err(Errno::EIO);
+        }
         rest = rest.get(written as usize..).unwrap_or_default();
     }
-    forward_always(__NR_lseek, [file.fd(), 0, 0, 0, 0, 0])?;
+    rewind(file.fd())?;
     Ok(file)
+}
+
+fn rewind(fd: u64) -> Result<(), Errno> {
+    forward_always(__NR_lseek, [fd, 0, 0, 0, 0, 0]).map(drop)
 }
 
 /// A descriptor of the guard for a moment.

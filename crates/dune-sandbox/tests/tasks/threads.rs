@@ -14,7 +14,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::Scenario;
+use super::{Scenario, is_sandboxed};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     ("signals_of_the_c_library", signals_of_the_c_library),
@@ -48,6 +48,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     ("flipped_paths", flipped_paths),
     ("flipped_arguments", flipped_arguments),
     ("memory_file_race", memory_file_race),
+    ("rendered_view_race", rendered_view_race),
     ("descriptor_race", descriptor_race),
     ("hidden_threads", hidden_threads),
 ];
@@ -801,6 +802,69 @@ fn memory_file_race() {
         "reached: {}",
         reached.load(Ordering::SeqCst) + secret.load(Ordering::SeqCst) - 1
     );
+}
+
+/// While `/proc/self/maps` is opened, other threads put a name of the true file in the place of
+/// every descriptor that appears: none of the lines that the program is not to see may be had.
+fn rendered_view_race() {
+    let view = std::fs::read_to_string("/proc/self/maps").expect("the own mappings");
+    let stack = view.lines().find(|line| line.ends_with("[stack]"));
+    let (_, top) = range_of(stack.expect("a stack"));
+    // Natively the kernel's own are there.
+    let is_foreign = move |line: &str| range_of(line).0 >= top && is_sandboxed();
+
+    // Far from the numbers that appear.
+    const AWAY: i32 = 100;
+    // SAFETY: a constant string, and no memory.
+    let name = unsafe {
+        let name = libc::open(c"/proc/self/maps".as_ptr(), libc::O_PATH);
+        let away = libc::fcntl(name, libc::F_DUPFD, AWAY);
+        libc::close(name);
+        away
+    };
+    assert!(name >= AWAY, "a name of the file");
+    let replacing = Disturbance::by(2, move || {
+        for fd in 3..8 {
+            // SAFETY: no memory.
+            unsafe {
+                libc::dup2(name, fd);
+                libc::close(fd);
+            }
+        }
+    });
+    let mut foreign = 0;
+    let mut seen = 0;
+    for _ in 0..300 {
+        // SAFETY: a constant string.
+        let file = unsafe { libc::open(c"/proc/self/maps".as_ptr(), libc::O_RDONLY) };
+        let mut text = vec![0_u8; 1 << 16];
+        let mut len = 0;
+        // Until its end, or until it is replaced by what cannot be read.
+        while len < text.len() {
+            let rest = &mut text[len..];
+            // SAFETY: the rest of the buffer, with its length.
+            let count = unsafe { libc::read(file, rest.as_mut_ptr().cast(), rest.len()) };
+            if count <= 0 {
+                break;
+            }
+            len += count as usize;
+        }
+        let text = String::from_utf8_lossy(&text[..len]);
+        seen += u32::from(!text.is_empty());
+        foreign += text.lines().filter(|line| is_foreign(line)).count();
+        // SAFETY: no memory.
+        unsafe { libc::close(file) };
+    }
+    drop(replacing);
+    println!("foreign: {foreign}, some seen: {}", seen > 0);
+}
+
+/// The first address of a line of `maps`, and the one after its last.
+fn range_of(line: &str) -> (u64, u64) {
+    let range = line.split(' ').next().unwrap_or_default();
+    let (start, end) = range.split_once('-').unwrap_or_default();
+    let address = |text| u64::from_str_radix(text, 16).unwrap_or_default();
+    (address(start), address(end))
 }
 
 /// Threads come while others copy every descriptor that appears: no copy of a
