@@ -119,7 +119,7 @@ impl<'a> Request<'a> {
     /// that a signal prevented ([`Errno::ERESTARTSYS`]) must be returned as it
     /// is.
     pub fn proceed(&mut self) -> SysResult {
-        self.guard.handle_without_handler(self.call, self.args)
+        self.guard.handle_without_handler(self.call, &self.args)
     }
 
     /// Copies from the program's memory.
