@@ -258,7 +258,7 @@ impl Guard {
                 return status;
             }
             let (resume, fault) = match self.engine.run(user) {
-                Ok(trap) => {
+                Ok(ref trap) => {
                     let resume = self.handle(trap, user);
                     // Nearly every trap.
                     if resume == Resume::Continue && self.broken.is_none() {
@@ -405,7 +405,7 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
-        let resume = self.handle(trap, user);
+        let resume = self.handle(&trap, user);
         self.unless_broken(resume)
     }
 
@@ -418,9 +418,9 @@ impl Guard {
     }
 
     /// Handles one trap, after which the engine may be broken.
-    fn handle(&mut self, trap: Trap, user: &mut UserState) -> Resume {
+    fn handle(&mut self, trap: &Trap, user: &mut UserState) -> Resume {
         if self.program.served().is_some() {
-            match self.look_for_marker(trap, user) {
+            match self.look_for_marker(*trap, user) {
                 Ok(None) => {}
                 Ok(Some(resume)) => return resume,
                 Err(error) => {
@@ -429,17 +429,19 @@ impl Guard {
                 }
             }
         }
-        let resume = match trap {
+        let resume = match *trap {
             Trap::Syscall => self.on_syscall(user),
-            Trap::PageFault { addr, error } => self.on_page_fault(trap, addr, error.needed(), user),
+            Trap::PageFault { addr, error } => {
+                self.on_page_fault(*trap, addr, error.needed(), user)
+            }
             Trap::HostFault { addr, .. } => {
-                self.deliver_fault(user, signal_of_host_fault(addr), fault_context(&trap))
+                self.deliver_fault(user, signal_of_host_fault(addr), fault_context(trap))
             }
             Trap::Exception { vector, .. } => match self.stop_at_breakpoint(vector, user) {
                 Some(stop) => stop,
                 None => {
                     let info = signal_of_exception(vector, user.regs.rip);
-                    self.deliver_fault(user, info, fault_context(&trap))
+                    self.deliver_fault(user, info, fault_context(trap))
                 }
             },
             Trap::Interrupted => Resume::Continue,
@@ -552,37 +554,44 @@ impl Guard {
         if let Some(begun) = begun {
             self.trace_answer(begun, &answer);
         }
-        let result = match answer {
-            Answer::Return(result) => result,
-            Answer::Registers => return Resume::Continue,
-            Answer::Stop => return Resume::Stop,
-            Answer::Exit(status) => return Resume::Exit(status),
-            Answer::ThreadExit(status) => return Resume::ThreadExit(status),
-            Answer::Leave => return Resume::Leave,
-            Answer::Killed(signal) => return Resume::Killed(signal),
-        };
-        match result {
-            Err(errno @ (Errno::EINTR | Errno::ERESTARTSYS))
-                if errno == Errno::ERESTARTSYS || record::is_disturbed() =>
-            {
-                self.deliver_pending(
-                    user,
-                    Some(Interrupted {
-                        restart: if self.never_restart {
-                            Restart::Never
-                        } else {
-                            call.restart
-                        },
-                        rax,
-                        errno,
-                    }),
-                )
-            }
-            result => {
-                user.regs.rax = result.unwrap_or_else(Errno::as_rax);
+        match answer {
+            Answer::Return(Ok(value)) => {
+                user.regs.rax = value;
                 Resume::Continue
             }
+            Answer::Return(Err(errno)) => self.on_failed_call(call, user, rax, errno),
+            other => resume_of(other),
         }
+    }
+
+    /// A call, made with this `rax`, has failed; perhaps it is to start again.
+    #[cold]
+    fn on_failed_call(
+        &mut self,
+        call: &'static Call,
+        user: &mut UserState,
+        rax: u64,
+        errno: Errno,
+    ) -> Resume {
+        let is_interrupted = match errno {
+            Errno::ERESTARTSYS => true,
+            Errno::EINTR => record::is_disturbed(),
+            _ => false,
+        };
+        if !is_interrupted {
+            user.regs.rax = errno.as_rax();
+            return Resume::Continue;
+        }
+        let interrupted = Interrupted {
+            restart: if self.never_restart {
+                Restart::Never
+            } else {
+                call.restart
+            },
+            rax,
+            errno,
+        };
+        self.deliver_pending(user, Some(interrupted))
     }
 
     fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: &Args) -> Answer {
@@ -611,6 +620,7 @@ impl Guard {
     }
 
     /// Handles a call that only has a result, by its row in the table.
+    #[inline]
     pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: &Args) -> SysResult {
         match call.handling {
             Handling::Refused(errno) => Err(errno),
@@ -619,10 +629,12 @@ impl Guard {
                 self.count_missing(call.nr);
                 Err(Errno::ENOSYS)
             }
-            Handling::Forwarded => self.check(call, args)?.forward(call.nr),
-            Handling::Emulated(handler) => {
+            Handling::Forwarded | Handling::Emulated(_) => {
                 let checked = self.check(call, args)?;
-                handler(self, checked.values())
+                match call.handling {
+                    Handling::Emulated(handler) => handler(self, checked.values()),
+                    _ => checked.forward(call.nr),
+                }
             }
         }
     }
@@ -692,6 +704,19 @@ impl Guard {
         };
         drop(memory);
         self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
+    }
+}
+
+/// What is to be done after a call that did more than to return something.
+#[cold]
+fn resume_of(answer: Answer) -> Resume {
+    match answer {
+        Answer::Return(_) | Answer::Registers => Resume::Continue,
+        Answer::Stop => Resume::Stop,
+        Answer::Exit(status) => Resume::Exit(status),
+        Answer::ThreadExit(status) => Resume::ThreadExit(status),
+        Answer::Leave => Resume::Leave,
+        Answer::Killed(signal) => Resume::Killed(signal),
     }
 }
 

@@ -269,6 +269,7 @@ impl Guard {
     /// # Errors
     ///
     /// The errno that the kernel would give.
+    #[inline(always)]
     pub(crate) fn check(&mut self, call: &Call, args: &Args) -> Result<CheckedArgs, Errno> {
         // Registers that are not arguments are not passed on.
         let mut checked = [0; 6];

@@ -244,12 +244,11 @@ impl Engine for InGuest {
         store(&mut user.regs, self.context.registers());
         user.fs_base = self.context.fs_base();
         user.gs_base = self.context.gs_base();
-        Ok(if trap == dune::Trap::Syscall {
-            self.refused = (0, 0);
-            Trap::Syscall
-        } else {
-            self.other_trap(trap)
-        })
+        if trap != dune::Trap::Syscall {
+            return Ok(self.other_trap(trap));
+        }
+        self.refused = (0, 0);
+        Ok(Trap::Syscall)
     }
 
     fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
