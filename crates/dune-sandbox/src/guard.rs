@@ -565,7 +565,7 @@ impl Guard {
     }
 
     /// A call, made with this `rax`, has failed; perhaps it is to start again.
-    #[cold]
+    #[inline(never)]
     fn on_failed_call(
         &mut self,
         call: &'static Call,
@@ -708,7 +708,7 @@ impl Guard {
 }
 
 /// What is to be done after a call that did more than to return something.
-#[cold]
+#[inline(never)]
 fn resume_of(answer: Answer) -> Resume {
     match answer {
         Answer::Return(_) | Answer::Registers => Resume::Continue,
@@ -808,6 +808,32 @@ mod tests {
             Request::Admit(AT, range, rw),
         ];
         assert_eq!(*requests.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn nothing_is_done_for_the_program_after_the_engine_has_failed() {
+        let mut mock = MockEngine::new();
+        let requests = Arc::clone(&mock.requests);
+        let mut call = UserState::default();
+        call.regs.rax = nr::__NR_getppid.into();
+        mock.script.push_back((call, Trap::Syscall));
+        mock.script
+            .push_back((call, fault(AT, PageFaultError::empty())));
+        let mut guard = Guard::new(
+            Box::new(mock),
+            Dispositions::new(),
+            ThreadSignals::default(),
+        );
+        let range = PageRange::new(AT, PAGE_SIZE).unwrap();
+        guard
+            .program
+            .memory_mut()
+            .areas
+            .map(range, Attributes::anonymous(Access::READ));
+        guard.engine_failed(EngineError::NoMemory { what: "a test" });
+        // The call itself goes well.
+        assert_eq!(guard.run_thread(&mut UserState::default()), None);
+        assert_eq!(*requests.lock().unwrap(), []);
     }
 
     #[test]

@@ -208,6 +208,15 @@ mod tests {
     }
 
     #[test]
+    fn calls_pass_unseen_only_where_none_is_handled() {
+        let unseen = |handlers| with(handlers).program.lets_calls_pass_unseen();
+        assert!(unseen(Handlers::default()));
+        let mut handlers = Handlers::default();
+        handlers.add("getppid", |_| Ok(77)).unwrap();
+        assert!(!unseen(handlers));
+    }
+
+    #[test]
     fn what_proceeds_is_what_the_guard_would_have_said() {
         static SEEN: AtomicU64 = AtomicU64::new(0);
         let mut handlers = Handlers::default();

@@ -46,7 +46,7 @@ impl Guard {
 
     /// Whether the program, which the process `first` began, may make a call that sends
     /// signals: to `first` and its descendants alone.
-    #[cold]
+    #[inline(never)]
     fn may_signal_below(&self, first: u32, call: &Call, args: &Args) -> Result<(), Errno> {
         let target = match call.nr {
             __NR_kill | __NR_rt_sigqueueinfo => of_pid(args[0] as i32),

@@ -209,7 +209,7 @@ impl Guard {
         }
     }
 
-    #[cold]
+    #[inline(never)]
     fn hold_paths_by_rules(&mut self, call: &Call, checked: &mut Args) -> Result<(), Errno> {
         let uses = uses::paths(call.nr);
         let changed = uses::changed_descriptor(call.nr);

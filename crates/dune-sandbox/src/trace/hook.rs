@@ -22,7 +22,7 @@ impl Guard {
     }
 
     /// The call that began so is over.
-    #[cold]
+    #[inline(never)]
     pub(crate) fn trace_answer(&self, begun: Begun, answer: &Answer) {
         let result: Option<SysResult> = match *answer {
             Answer::Return(result) => Some(result),
