@@ -32,6 +32,12 @@ impl MarkStack {
         })
     }
 
+    /// Forgets what was to be looked at.
+    pub(crate) fn clear(&mut self) {
+        self.len = 0;
+        self.overflowed = false;
+    }
+
     #[inline]
     fn push(&mut self, start: usize, end: usize) {
         match self.entries.get(self.len..self.len + 2) {
@@ -70,11 +76,23 @@ pub(crate) struct Marker<'a> {
     start: usize,
     blocks: &'a [Block],
     marks: &'a [[AtomicU64; BITMAP_WORDS]],
-    /// Pages that were looked at because they were dirty.
-    pub(crate) pages_scanned: u64,
-    /// Bytes of marked objects in them.
-    pub(crate) bytes_scanned: usize,
+    /// How much more is to be looked at before [`work`](Self::work) returns, in words; each
+    /// object counts as some more.
+    allowance: usize,
+    /// What was looked at because it was written to.
+    pub(crate) written: Written,
 }
+
+/// How much was looked at because it was written to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Written {
+    pub(crate) pages: u64,
+    /// Bytes of marked objects in them.
+    pub(crate) bytes: usize,
+}
+
+/// What finding and marking an object costs, beside its words.
+const WORDS_OF_AN_OBJECT: usize = 6;
 
 impl<'a> Marker<'a> {
     pub(crate) fn new(space: &'a Space, stack: &'a mut MarkStack, set: usize) -> Self {
@@ -85,9 +103,25 @@ impl<'a> Marker<'a> {
             start: space.start(),
             blocks: space.blocks(),
             marks: space.bitmaps(set),
-            pages_scanned: 0,
-            bytes_scanned: 0,
+            allowance: usize::MAX,
+            written: Written::default(),
         }
+    }
+
+    /// Lets [`work`](Self::work) look at so many words.
+    pub(crate) fn allow(&mut self, words: usize) {
+        self.allowance = words;
+    }
+
+    /// Takes from the allowance what so many words would.
+    pub(crate) fn spend(&mut self, words: usize) {
+        self.allowance = self.allowance.saturating_sub(words);
+    }
+
+    /// Looks through what was marked, and through the marked objects of written pages, until
+    /// nothing is left or the allowance is used up. Whether nothing is left.
+    pub(crate) fn work(&mut self) -> bool {
+        self.drain_allowed() && self.scan_dirty() && self.drain_allowed()
     }
 
     /// Marks the object that an address lies in, if it lies in one, and remembers to look
@@ -200,27 +234,40 @@ impl<'a> Marker<'a> {
 
     /// Looks through all that was marked and not looked at.
     pub(crate) fn drain(&mut self) {
+        self.allow(usize::MAX);
+        self.drain_allowed();
+    }
+
+    /// As [`drain`](Self::drain), as far as is allowed. Whether nothing is left.
+    fn drain_allowed(&mut self) -> bool {
         loop {
-            self.drain_stack();
-            if !core::mem::take(&mut self.stack.overflowed) {
-                return;
+            if !self.drain_stack() {
+                return false;
             }
+            if !core::mem::take(&mut self.stack.overflowed) {
+                return true;
+            }
+            // In one go: it could not be told how far it came.
+            let allowance = core::mem::replace(&mut self.allowance, usize::MAX);
             self.recover();
+            self.allowance = allowance;
         }
     }
 
     #[inline(always)]
     fn look_through(&mut self, start: usize, end: usize) {
+        let mut end = end;
         if end == 0 {
+            self.spend(2 * WORDS_OF_AN_OBJECT);
             // SAFETY: an allocated cell of a block of typed objects.
             unsafe { typed::trace(start, self) };
             return;
         }
-        let mut end = end;
         if end - start > PIECE {
             self.stack.push(start + PIECE, end);
             end = start + PIECE;
         }
+        self.spend((end - start) / WORD + WORDS_OF_AN_OBJECT);
         // SAFETY: the words of an object in the heap.
         unsafe { self.scan(start, end) };
     }
@@ -247,9 +294,9 @@ impl<'a> Marker<'a> {
         }
     }
 
-    /// Looks through the marked objects of every dirty page, and takes the pages out of the
-    /// set.
-    pub(crate) fn scan_dirty(&mut self) {
+    /// Looks through the marked objects of dirty pages, and takes the pages out of the set, as
+    /// far as is allowed. Whether none is left.
+    fn scan_dirty(&mut self) -> bool {
         let space = self.space;
         for (index, word) in space.dirty_words().iter().enumerate() {
             if word.load(Ordering::Relaxed) == 0 {
@@ -257,11 +304,16 @@ impl<'a> Marker<'a> {
             }
             let mut left = word.swap(0, Ordering::Relaxed);
             while left != 0 {
+                if self.allowance == 0 {
+                    word.fetch_or(left, Ordering::Relaxed);
+                    return false;
+                }
                 let page = index * 64 + left.trailing_zeros() as usize;
                 left &= left - 1;
                 self.scan_page(page);
             }
         }
+        true
     }
 
     fn scan_page(&mut self, page: usize) {
@@ -273,7 +325,7 @@ impl<'a> Marker<'a> {
             Kind::Free | Kind::Atomic => return,
             Kind::Conservative | Kind::Typed | Kind::Tail => {}
         }
-        self.pages_scanned += 1;
+        self.written.pages += 1;
         if block.kind() == Kind::Tail || block.is_large() {
             let Some(at) = space.cell_of(start) else {
                 return;
@@ -315,7 +367,9 @@ impl<'a> Marker<'a> {
     /// Looks at the part of a marked object, or of some beside each other without types, that
     /// lies in a page.
     fn scan_part(&mut self, at: Cell, object: usize, start: usize, end: usize) {
-        self.bytes_scanned += end.saturating_sub(start);
+        let bytes = end.saturating_sub(start);
+        self.written.bytes += bytes;
+        self.spend(bytes / WORD);
         match self.space.block(at.block).kind() {
             // SAFETY: words of an object in the heap.
             Kind::Conservative => unsafe { self.scan(start, end) },
@@ -327,10 +381,15 @@ impl<'a> Marker<'a> {
         self.drain_stack();
     }
 
+    /// Whether the stack is empty, or else the allowance is used up.
     #[inline(never)]
-    fn drain_stack(&mut self) {
-        while let Some((start, end)) = self.stack.pop() {
+    fn drain_stack(&mut self) -> bool {
+        while self.allowance > 0 {
+            let Some((start, end)) = self.stack.pop() else {
+                return true;
+            };
             self.look_through(start, end);
         }
+        self.stack.len == 0
     }
 }
