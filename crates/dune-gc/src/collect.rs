@@ -15,8 +15,8 @@
 //! of it was looked through. Should a program write faster than it is followed, the stops get
 //! longer, from the fifth round on. Where pages are not tracked, one stop is all.
 //!
-//! The work is done by the thread whose allocation made it due, so nobody waits for another
-//! thread. Where there is more than one CPU, a thread of the heap does the first round of a
+//! The work is done by the thread whose allocation made it due: there is no change of threads, and
+//! with one thread no stop. Where there is more than one CPU, a thread of the heap does the first round of a
 //! collection of everything beside the program ([`cycle`](crate::cycle)).
 //!
 //! # Why nothing live is lost
@@ -24,7 +24,9 @@
 //! It is an *incremental update* scheme: not what the program overwrote is kept (as by a
 //! snapshot at the beginning), but what it wrote is looked at. Suppose a live object is unmarked
 //! at the end. Follow a path to it from a root of the last stop; some marked object (or root) on
-//! it points to an unmarked one.
+//! it points to an unmarked one. (Marked without being looked through are only free cells that a
+//! thread holds, which are zero when they are marked, after the last round; and objects that wait
+//! to be dropped, which nobody reaches.)
 //!
 //! ```text
 //!   root --> ... --> marked M --> unmarked U       U is U's first on the path
@@ -43,7 +45,7 @@
 //! an object of a type is looked through once its description is there, which is written last.
 #![expect(unsafe_code, reason = "scans the roots")]
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -62,7 +64,9 @@ const CALM_ROUNDS: u32 = 4;
 const MOST_DOUBLINGS: u32 = 20;
 /// So little is looked at in a stop that the program does much in between.
 const WORDS_UNDER_STRESS: usize = 1024;
-/// A collection of everything takes about so many stops at most.
+/// For each word that was allocated since the last stop, at least so many are looked at.
+const WORDS_FOR_A_NEW_ONE: usize = 4;
+/// A collection of everything takes about so many stops at most, once its size is known.
 const STOPS: usize = 32;
 /// Asking for so many pages costs about what looking at a word does.
 const PAGES_ASKED_FOR_A_WORD: usize = 4;
@@ -104,13 +108,21 @@ impl Core {
                 return;
             }
             if collector.collection.is_none() {
-                let is_full = !self.tracker.is_tracking()
-                    || self.is_full_due() && !self.has_marker.load(Ordering::Relaxed);
-                let of = if is_full { Of::Everything } else { Of::Young };
-                self.begin(&mut collector, of);
+                self.begin(&mut collector, self.next());
             }
             self.go_on(&mut collector);
         });
+    }
+
+    /// What to collect now.
+    fn next(&self) -> Of {
+        let after_young = self.counters.collections.load(Ordering::Relaxed) % 2 == 1;
+        let is_full_due = self.is_full_due() && (after_young || !self.parameters.is_stressed);
+        if !self.tracker.is_tracking() || is_full_due && !self.has_marker.load(Ordering::Relaxed) {
+            Of::Everything
+        } else {
+            Of::Young
+        }
     }
 
     /// Finds everything that is unreachable now, with the world stopped.
@@ -170,8 +182,18 @@ impl Core {
     /// How many words to look at in the next stop, where `least` are in a small heap.
     fn words_of_a_stop(&self, least: usize, collection: &Collection) -> usize {
         let words = if !self.parameters.is_stressed {
-            let all = self.looked_at_when_full.load(Ordering::Relaxed) / size_of::<usize>();
-            least.max(all / STOPS).max(2 * self.words_of_a_round())
+            let words = |bytes: &AtomicUsize| bytes.load(Ordering::Relaxed) / size_of::<usize>();
+            // What was allocated since the last stop must not grow faster than it is followed.
+            let new = if collection.rounds > 0 {
+                words(&self.allocated) * WORDS_FOR_A_NEW_ONE
+            } else {
+                0
+            };
+            let all = words(&self.looked_at_when_full);
+            least
+                .max(all / STOPS)
+                .max(new)
+                .max(2 * self.words_of_a_round())
         } else if collection.of == Of::Everything {
             WORDS_UNDER_STRESS
         } else {
@@ -239,6 +261,9 @@ impl Core {
             // What was written until now is of no interest: everything is looked at.
             self.space.clear_dirty();
         }
+        // Before young objects are marked, of which most are in written pages too. What is not
+        // allowed is left in the set.
+        let _ = marker.scan_dirty();
         self.mark_roots(stopped, marker);
         collection.rounds += 1;
     }

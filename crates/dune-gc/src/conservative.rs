@@ -382,7 +382,11 @@ pub(crate) fn after_fork(is_child: bool) {
     }
     drop(forking);
     if core.has_marker.swap(false, Ordering::Relaxed) {
-        mem::forget(MarkerThread::start(core));
+        match MarkerThread::start(core) {
+            Ok(marker) => mem::forget(marker),
+            // The program marks. Nobody else takes back a wish of the parent's.
+            Err(_) => core.cycle.done(),
+        }
     }
 }
 

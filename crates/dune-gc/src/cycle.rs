@@ -14,7 +14,8 @@
 //! where there is one CPU alone: see [`collect`](crate::collect), which says why nothing is lost.
 //!
 //! The marker holds the collector's lock, so no other collection changes marks or frees blocks
-//! meanwhile. A thread that has allocated as much beside it as was live before waits for it.
+//! meanwhile. A thread waits for it that has allocated as much beside it as was live before, or
+//! some 32 MiB.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -89,7 +90,7 @@ impl Cycle {
         *wish
     }
 
-    fn done(&self) {
+    pub(crate) fn done(&self) {
         let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
         if *wish == Wish::Cycle {
             *wish = Wish::Nothing;

@@ -75,7 +75,8 @@ pub(crate) struct Core {
     pub(crate) counters: Counters,
     /// Held by whoever collects.
     pub(crate) collector: Mutex<Collector>,
-    /// Bytes handed out to threads since the last collection.
+    /// Bytes handed out to threads since the last collection, or the last stop for the one that is
+    /// under way.
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
@@ -204,8 +205,8 @@ impl Core {
         self.critically(thread, || self.try_allocate(thread, kind, bytes))
     }
 
-    /// Whether a thread should collect, or wait for the collection that runs: so much may be
-    /// allocated beside one as was live when it began.
+    /// Whether a thread should collect, or wait for the marker beside the program: so much may be
+    /// allocated beside it as was live when it began, or a little more.
     pub(crate) fn is_collection_due(&self) -> bool {
         if self.cycle.is_running() {
             let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;

@@ -10,11 +10,14 @@ use crate::space::{Cell, Space};
 use crate::typed;
 
 const WORD: usize = size_of::<usize>();
-/// Bytes of a conservative object that are looked at before what they led to: bounds the
-/// stack's growth by one object.
+/// Bytes of a conservative object or an array that are looked at before what they led to:
+/// bounds the stack's growth by one object, and the work between two looks at the allowance.
 const PIECE: usize = 2048;
+/// In the second word of an entry that is a typed object: the rest is where to go on.
+const TYPED: usize = 1;
 
-/// What is still to be looked at: pairs of an address and an end, or 0 for a typed object.
+/// What is still to be looked at: pairs of an address and an end, or of a typed object and
+/// where to go on in it (with [`TYPED`]).
 #[derive(Debug)]
 pub(crate) struct MarkStack {
     entries: Table<AtomicU64>,
@@ -164,7 +167,7 @@ impl<'a> Marker<'a> {
         let start = self.start + (number << BLOCK_SHIFT) + cell as usize * bytes;
         match kind {
             Kind::Conservative => self.stack.push(start, start + bytes),
-            Kind::Typed => self.stack.push(start, 0),
+            Kind::Typed => self.stack.push(start, start | TYPED),
             _ => {}
         }
     }
@@ -195,7 +198,7 @@ impl<'a> Marker<'a> {
                 let bytes = self.space.cell_bytes(at) & !(WORD - 1);
                 self.stack.push(start, start + bytes);
             }
-            Kind::Typed => self.stack.push(start, 0),
+            Kind::Typed => self.stack.push(start, start | TYPED),
             _ => {}
         }
     }
@@ -216,7 +219,8 @@ impl<'a> Marker<'a> {
     /// The memory is readable; others may write to it meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn scan(&mut self, start: usize, end: usize) {
-        // What is put into use meanwhile is new, and marked as such.
+        // A pointer to what is put into use meanwhile is written after this was read: its page
+        // is looked at once more.
         let (heap, used) = (self.start, self.space.used());
         let mut at = start.next_multiple_of(WORD);
         let end = end & !(WORD - 1);
@@ -256,13 +260,10 @@ impl<'a> Marker<'a> {
 
     #[inline(always)]
     fn look_through(&mut self, start: usize, end: usize) {
-        let mut end = end;
-        if end == 0 {
-            self.spend(2 * WORDS_OF_AN_OBJECT);
-            // SAFETY: an allocated cell of a block of typed objects.
-            unsafe { typed::trace(start, self) };
-            return;
+        if end & TYPED != 0 {
+            return self.look_through_typed(start, end & !TYPED);
         }
+        let mut end = end;
         if end - start > PIECE {
             self.stack.push(start + PIECE, end);
             end = start + PIECE;
@@ -270,6 +271,30 @@ impl<'a> Marker<'a> {
         self.spend((end - start) / WORD + WORDS_OF_AN_OBJECT);
         // SAFETY: the words of an object in the heap.
         unsafe { self.scan(start, end) };
+    }
+
+    /// Looks through a typed object, or through a piece of an array.
+    #[inline(always)]
+    fn look_through_typed(&mut self, object: usize, from: usize) {
+        // SAFETY: an allocated cell of a block of typed objects.
+        let Some(info) = (unsafe { typed::info(object) }) else {
+            return;
+        };
+        // SAFETY: its description.
+        let end = unsafe { info.end_of_array(object) };
+        let next = from + PIECE;
+        if next < end {
+            self.stack.push(object, next | TYPED);
+        }
+        let bytes = if info.is_array {
+            next.min(end) - from
+        } else {
+            let block = self.blocks.get((object - self.start) >> BLOCK_SHIFT);
+            block.map_or(0, |block| block.cell_bytes.load(Ordering::Relaxed)) as usize
+        };
+        self.spend(bytes / WORD + WORDS_OF_AN_OBJECT);
+        // SAFETY: its description.
+        unsafe { (info.trace)(object, from, next, self) };
     }
 
     /// After an overflow: looks through every marked object again.
@@ -296,7 +321,7 @@ impl<'a> Marker<'a> {
 
     /// Looks through the marked objects of dirty pages, and takes the pages out of the set, as
     /// far as is allowed. Whether none is left.
-    fn scan_dirty(&mut self) -> bool {
+    pub(crate) fn scan_dirty(&mut self) -> bool {
         let space = self.space;
         for (index, word) in space.dirty_words().iter().enumerate() {
             if word.load(Ordering::Relaxed) == 0 {

@@ -291,8 +291,9 @@ pub(crate) fn parse_range(line: &str) -> Option<(u64, u64)> {
     ))
 }
 
-/// Where this library's large tables are, which never hold an address of the program's memory:
-/// of no interest to a collector that looks through the process's variables. Costs nothing.
+/// Where this library's large tables are, which never hold the address of an object of the
+/// program's: of no interest to a collector that looks through the process's variables. Costs
+/// nothing.
 #[must_use]
 pub fn own_tables() -> [core::ops::Range<usize>; 2] {
     [

@@ -73,7 +73,7 @@ impl Config {
         self
     }
 
-    /// Collects at every safepoint, and beside the program all the time: for tests.
+    /// Collects at every safepoint: for tests.
     pub fn stress(mut self) -> Self {
         self.parameters.is_stressed = true;
         self
@@ -112,7 +112,7 @@ pub(super) struct Owner {
 
 impl Heap {
     /// Makes a heap. Some milliseconds with [`Provider::Dune`] the first time, otherwise some
-    /// system calls and, unless it stops the world, a thread. With [`Provider::Dune`], and with
+    /// system calls and, where there are several CPUs, a thread. With [`Provider::Dune`], and with
     /// [`Provider::Auto`] where it is possible, the calling thread enters Dune mode and stays.
     ///
     /// # Errors

@@ -114,6 +114,65 @@ pub(crate) fn a_collection_of_much_takes_many_short_stops(provider: Provider) {
     assert!(is_whole(&mutator, &first, LEN));
 }
 
+pub(crate) fn a_long_array_is_looked_through_in_parts(provider: Provider) {
+    const LEN: usize = 50_000;
+    let config = config(provider).pieces(500, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let before = heap.stats();
+    let array: Root<GcArray<Number>> = mutator.root(mutator.alloc_array(LEN));
+    for index in (0..LEN).step_by(100) {
+        array[index].set(&mutator, Some(mutator.alloc(number(index as u64))));
+    }
+    until_collected(&mut mutator, &heap, 1, |_| ());
+    let after = heap.stats();
+    if provider != Provider::None {
+        assert!(after.pauses - before.pauses >= 50, "{before:?} {after:?}");
+    }
+    for index in (0..LEN).step_by(100) {
+        assert_eq!(array[index].get(&mutator).unwrap().value, index as u64);
+    }
+}
+
+#[derive(Trace)]
+struct Link {
+    next: GcCell<Link>,
+    body: GcCell<GcArray<Number>>,
+}
+
+/// A queue whose links are larger than what one stop looks at: its end must not run away from the
+/// collector.
+pub(crate) fn a_collection_ends_however_much_is_allocated_meanwhile(provider: Provider) {
+    const LINKS: usize = 50;
+    const BODY: usize = 4000;
+    let config = config(provider).pieces(100, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let link = |mutator: &mut Mutator| {
+        let link = mutator.make(Link {
+            next: GcCell::null(),
+            body: GcCell::null(),
+        });
+        link.body.set(mutator, Some(mutator.alloc_array(BODY)));
+        link
+    };
+    let mut first = link(&mut mutator);
+    let mut last = first.clone();
+    let begin = heap.stats().collections;
+    for step in 0..3000 {
+        let next = link(&mut mutator);
+        last.next.set(&mutator, Some(next.get(&mutator)));
+        last = next;
+        if step >= LINKS {
+            let second = first.get(&mutator).next.get(&mutator).unwrap();
+            first = mutator.root(second);
+        }
+    }
+    let stats = heap.stats();
+    assert!(stats.collections - begin > 3, "{stats:?}");
+    assert!(stats.heap_bytes < 64 << 20, "{stats:?}");
+}
+
 pub(crate) fn a_collection_ends_however_much_is_written_meanwhile(provider: Provider) {
     const LEN: u64 = 5_000;
     let config = config(provider).pieces(50, 1).marks_beside(false);
