@@ -65,7 +65,7 @@ const MOST_DOUBLINGS: u32 = 20;
 /// So little is looked at in a stop that the program does much in between.
 const WORDS_UNDER_STRESS: usize = 1024;
 /// For each word that was allocated since the last stop, at least so many are looked at.
-const WORDS_FOR_A_NEW_ONE: usize = 4;
+const WORDS_FOR_A_NEW_ONE: usize = 2;
 /// A collection of everything takes about so many stops at most, once its size is known.
 const STOPS: usize = 32;
 /// Asking for so many pages costs about what looking at a word does.
