@@ -1,5 +1,5 @@
-//! An engine that keeps standard error for the report at the end of `dune run`,
-//! and counts what passes through it where that is to be reported.
+//! What is reported at the end of `dune run`: standard error, kept for it, and an
+//! engine that counts what passes through it.
 
 use std::fmt;
 use std::fs::File;
@@ -11,7 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use dune_sandbox::engine::{Access, Engine, EngineError, Holdings, Seed, Trap, Usage, UserState};
+use dune_sandbox::Command;
+use dune_sandbox::engine::{
+    Access, Engine, EngineError, Holdings, Passage, Seed, Trap, Usage, UserState,
+};
 use dune_sandbox::host::move_fd_high;
 use dune_sandbox::range::PageRange;
 
@@ -68,13 +71,10 @@ fn plural(count: u64, what: &str) -> String {
     format!("{count} {what}{s}")
 }
 
-/// The engine. All of it is another engine, but for the counts and one more
-/// hidden descriptor.
-pub(crate) struct Observed {
+/// An engine that counts. All else of it is another engine.
+struct Observed {
     inner: Box<dyn Engine>,
-    /// None: nobody wants to know.
-    counts: Option<Arc<Mutex<Counts>>>,
-    stderr: RawFd,
+    counts: Arc<Mutex<Counts>>,
 }
 
 /// What is left when the engine and the program are gone.
@@ -83,31 +83,38 @@ pub(crate) struct Observer {
     stderr: File,
 }
 
-/// Wraps `inner` so that it can be reported on afterwards. Without `counting`
-/// the counts stay zero, and no trap is slowed down.
+/// Makes ready that `command`, run by `engine`, can be reported on afterwards.
+/// Without `counting` the counts stay zero and the engine is as it was: no trap
+/// is slowed down.
 ///
 /// Standard error is duplicated, because programs close theirs at their end
-/// (to see whether all has been written), and it is the same descriptor.
+/// (to see whether all has been written), and it is the same descriptor. The
+/// duplicate is hidden from the program.
 ///
 /// # Errors
 ///
 /// If there is no descriptor left.
 pub(crate) fn observe(
-    inner: Box<dyn Engine>,
+    command: Command,
+    engine: Box<dyn Engine>,
     counting: bool,
-) -> anyhow::Result<(Observed, Observer)> {
+) -> anyhow::Result<(Command, Box<dyn Engine>, Observer)> {
     let stderr = io::stderr()
         .as_fd()
         .try_clone_to_owned()
         .and_then(move_fd_high)
         .context("cannot duplicate standard error; raise `ulimit -n`")?;
     let counts = Arc::new(Mutex::new(Counts::default()));
-    let engine = Observed {
-        inner,
-        counts: counting.then(|| Arc::clone(&counts)),
-        stderr: stderr.as_raw_fd(),
+    let engine = if counting {
+        Box::new(Observed {
+            inner: engine,
+            counts: Arc::clone(&counts),
+        })
+    } else {
+        engine
     };
     Ok((
+        command.hide(stderr.as_raw_fd()),
         engine,
         Observer {
             counts,
@@ -150,15 +157,13 @@ impl Observer {
 impl Engine for Observed {
     fn run(&mut self, user: &mut UserState) -> Result<Trap, EngineError> {
         let trap = self.inner.run(user)?;
-        if let Some(counts) = &self.counts {
-            locked(counts).count(&trap);
-        }
+        locked(&self.counts).count(&trap);
         Ok(trap)
     }
 
-    fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {
+    fn answer_by_itself(&mut self, _may: bool) -> Result<(), EngineError> {
         // What the engine answers passes by the counts.
-        self.inner.answer_by_itself(may && self.counts.is_none())
+        self.inner.answer_by_itself(false)
     }
 
     fn admit(&mut self, addr: u64, area: PageRange, access: Access) -> Result<(), EngineError> {
@@ -192,8 +197,7 @@ impl Engine for Observed {
     fn seed(&mut self) -> Result<Box<dyn Seed>, EngineError> {
         Ok(Box::new(ObservedSeed {
             inner: self.inner.seed()?,
-            counts: self.counts.clone(),
-            stderr: self.stderr,
+            counts: Arc::clone(&self.counts),
         }))
     }
 
@@ -221,6 +225,10 @@ impl Engine for Observed {
         self.inner.reset_xstate()
     }
 
+    fn passage(&self) -> Passage {
+        self.inner.passage()
+    }
+
     fn kick_byte(&self) -> NonNull<AtomicU8> {
         self.inner.kick_byte()
     }
@@ -230,26 +238,21 @@ impl Engine for Observed {
     }
 
     fn fds(&self) -> Vec<RawFd> {
-        let mut fds = self.inner.fds();
-        fds.push(self.stderr);
-        fds
+        self.inner.fds()
     }
 }
 
 impl Drop for Observed {
     fn drop(&mut self) {
-        if let Some(counts) = &self.counts {
-            let holdings = self.inner.holdings();
-            locked(counts).holdings = holdings;
-        }
+        let holdings = self.inner.holdings();
+        locked(&self.counts).holdings = holdings;
     }
 }
 
 /// An engine to be, of another thread.
 struct ObservedSeed {
     inner: Box<dyn Seed>,
-    counts: Option<Arc<Mutex<Counts>>>,
-    stderr: RawFd,
+    counts: Arc<Mutex<Counts>>,
 }
 
 impl Seed for ObservedSeed {
@@ -257,7 +260,6 @@ impl Seed for ObservedSeed {
         Ok(Box::new(Observed {
             inner: self.inner.grow()?,
             counts: self.counts,
-            stderr: self.stderr,
         }))
     }
 }

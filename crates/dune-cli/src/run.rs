@@ -207,7 +207,8 @@ fn here(
         command = command.tracer(trace.tracer());
     }
     let engine = engine(placement)?;
-    let (engine, mut observer) = observed::observe(engine, args.stats || args.json)?;
+    let counting = args.stats || args.json;
+    let (mut command, engine, mut observer) = observed::observe(command, engine, counting)?;
     if args.policy.explain {
         command = command.explain_to(observer.another()?);
     }
@@ -215,7 +216,7 @@ fn here(
         command = command.crash_report_to(observer.another()?);
     }
     streams::close_again();
-    let ended = command.run(Box::new(engine));
+    let ended = command.run(engine);
     watchdog::let_end();
     match ended {
         Ok(outcome) => {

@@ -195,9 +195,9 @@ pub(crate) fn wss(args: &WssArgs) -> anyhow::Result<ExitCode> {
     })?
     .hiding(hidden);
     let engine = run::engine(placement)?;
-    let (engine, mut observer) = observed::observe(engine, false)?;
+    let (command, engine, mut observer) = observed::observe(command, engine, false)?;
     streams::close_again();
-    let outcome = command.sample(sampler).run(Box::new(engine));
+    let outcome = command.sample(sampler).run(engine);
     match outcome {
         Ok(outcome) => {
             let samples = samples.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,6 +3,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -53,6 +54,7 @@ pub struct Command {
     own_checks: bool,
     explain: Option<Arc<File>>,
     crash_report: Option<Arc<File>>,
+    hidden: Vec<RawFd>,
     segments: Vec<i32>,
     handlers: Handlers,
     tracer: Option<Arc<Tracer>>,
@@ -167,6 +169,7 @@ impl Command {
             own_checks: true,
             explain: None,
             crash_report: None,
+            hidden: Vec::new(),
             segments: Vec::new(),
             handlers: Handlers::default(),
             tracer: None,
@@ -212,6 +215,14 @@ impl Command {
     #[must_use]
     pub fn explain_to(mut self, file: File) -> Self {
         self.explain = Some(Arc::new(file));
+        self
+    }
+
+    /// Hides a descriptor of this process from the program, for as long as it runs; see
+    /// [`crate::host::move_fd_high`].
+    #[must_use]
+    pub fn hide(mut self, descriptor: RawFd) -> Self {
+        self.hidden.push(descriptor);
         self
     }
 
@@ -430,6 +441,7 @@ impl Command {
         let is_sampled = self.sampler.is_some();
         let shows_clock = !is_sampled && clock::is_shown_by(engine.as_mut());
         let mut guard = Guard::new(engine, Dispositions::inherited(), signals);
+        guard.program.hide(&self.hidden);
         guard.program.set_shows_clock(shows_clock);
         guard.program.set_handlers(self.handlers);
         if let Some(tracer) = self.tracer {

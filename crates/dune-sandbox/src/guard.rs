@@ -18,7 +18,7 @@ use crate::bounce::Bounce;
 use crate::calls::fork::finish_vfork;
 use crate::calls::paths::Pin;
 use crate::calls::segment::Segment;
-use crate::calls::{Answer, CheckedArgs, Strings};
+use crate::calls::{Answer, Strings};
 use crate::clock;
 use crate::crash::Crash;
 use crate::debug::hook::Event;
@@ -258,12 +258,16 @@ impl Guard {
                 return status;
             }
             let (resume, fault) = match self.engine.run(user) {
-                Ok(trap) => (self.on_trap(trap, user), trap.address()),
+                Ok(ref trap) => {
+                    let resume = self.handle(trap, user);
+                    // Nearly every trap.
+                    if resume == Resume::Continue && self.broken.is_none() {
+                        continue;
+                    }
+                    (self.unless_broken(resume), trap.address())
+                }
                 Err(error) => (Err(error), None),
             };
-            if let Ok(Resume::Continue) = resume {
-                continue;
-            }
             if let ControlFlow::Break(status) = self.conclude(resume, fault, user) {
                 return status;
             }
@@ -401,33 +405,50 @@ impl Guard {
     ///
     /// If the engine fails under it; the program cannot go on then.
     pub fn on_trap(&mut self, trap: Trap, user: &mut UserState) -> Result<Resume, EngineError> {
-        if self.program.served().is_some()
-            && let Some(resume) = self.look_for_marker(trap, user)?
-        {
-            return Ok(resume);
+        let resume = self.handle(&trap, user);
+        self.unless_broken(resume)
+    }
+
+    /// What came of a trap, or what the engine failed of under it.
+    fn unless_broken(&mut self, resume: Resume) -> Result<Resume, EngineError> {
+        match self.broken.take() {
+            Some(error) => Err(error),
+            None => Ok(resume),
         }
-        let resume = match trap {
+    }
+
+    /// Handles one trap, after which the engine may be broken.
+    fn handle(&mut self, trap: &Trap, user: &mut UserState) -> Resume {
+        if self.program.served().is_some() {
+            match self.look_for_marker(*trap, user) {
+                Ok(None) => {}
+                Ok(Some(resume)) => return resume,
+                Err(error) => {
+                    self.engine_failed(error);
+                    return Resume::Continue;
+                }
+            }
+        }
+        let resume = match *trap {
             Trap::Syscall => self.on_syscall(user),
-            Trap::PageFault { addr, error } => self.on_page_fault(trap, addr, error.needed(), user),
+            Trap::PageFault { addr, error } => {
+                self.on_page_fault(*trap, addr, error.needed(), user)
+            }
             Trap::HostFault { addr, .. } => {
-                self.deliver_fault(user, signal_of_host_fault(addr), fault_context(&trap))
+                self.deliver_fault(user, signal_of_host_fault(addr), fault_context(trap))
             }
             Trap::Exception { vector, .. } => match self.stop_at_breakpoint(vector, user) {
                 Some(stop) => stop,
                 None => {
                     let info = signal_of_exception(vector, user.regs.rip);
-                    self.deliver_fault(user, info, fault_context(&trap))
+                    self.deliver_fault(user, info, fault_context(trap))
                 }
             },
             Trap::Interrupted => Resume::Continue,
         };
-        let resume = match resume {
-            Resume::Continue => self.deliver_pending(user, None),
+        match resume {
+            Resume::Continue if self.is_disturbed() => self.deliver_pending(user, None),
             end => end,
-        };
-        match self.broken.take() {
-            Some(error) => Err(error),
-            None => Ok(resume),
         }
     }
 
@@ -513,56 +534,67 @@ impl Guard {
         let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
         // As the kernel: the number is the low half.
         let nr = rax as u32;
-        let begun = self.trace_call(nr, args);
+        let begun = self.trace_call(nr, &args);
         let Some(call) = table::find(nr) else {
-            self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
+            if let Some(begun) = begun {
+                self.trace_answer(begun, &Answer::Return(Err(Errno::ENOSYS)));
+            }
             self.count_missing(nr);
             user.regs.rax = Errno::ENOSYS.as_rax();
             return Resume::Continue;
         };
         self.never_restart = false;
-        let answer = self.dispatch(call, user, args);
+        let answer = self.dispatch(call, user, &args);
         if self.program.is_in_snapshot()
             && let Some(served) = self.program.served()
         {
             served.note(call, args, &answer);
         }
         self.pins.get_mut().clear();
-        self.trace_answer(begun, &answer);
-        let result = match answer {
-            Answer::Return(result) => result,
-            Answer::Registers => return Resume::Continue,
-            Answer::Stop => return Resume::Stop,
-            Answer::Exit(status) => return Resume::Exit(status),
-            Answer::ThreadExit(status) => return Resume::ThreadExit(status),
-            Answer::Leave => return Resume::Leave,
-            Answer::Killed(signal) => return Resume::Killed(signal),
-        };
-        match result {
-            Err(errno @ (Errno::EINTR | Errno::ERESTARTSYS))
-                if errno == Errno::ERESTARTSYS || record::is_disturbed() =>
-            {
-                self.deliver_pending(
-                    user,
-                    Some(Interrupted {
-                        restart: if self.never_restart {
-                            Restart::Never
-                        } else {
-                            call.restart
-                        },
-                        rax,
-                        errno,
-                    }),
-                )
-            }
-            result => {
-                user.regs.rax = result.unwrap_or_else(Errno::as_rax);
+        if let Some(begun) = begun {
+            self.trace_answer(begun, &answer);
+        }
+        match answer {
+            Answer::Return(Ok(value)) => {
+                user.regs.rax = value;
                 Resume::Continue
             }
+            Answer::Return(Err(errno)) => self.on_failed_call(call, user, rax, errno),
+            other => resume_of(other),
         }
     }
 
-    fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: Args) -> Answer {
+    /// A call, made with this `rax`, has failed; perhaps it is to start again.
+    #[inline(never)]
+    fn on_failed_call(
+        &mut self,
+        call: &'static Call,
+        user: &mut UserState,
+        rax: u64,
+        errno: Errno,
+    ) -> Resume {
+        let is_interrupted = match errno {
+            Errno::ERESTARTSYS => true,
+            Errno::EINTR => record::is_disturbed(),
+            _ => false,
+        };
+        if !is_interrupted {
+            user.regs.rax = errno.as_rax();
+            return Resume::Continue;
+        }
+        let interrupted = Interrupted {
+            restart: if self.never_restart {
+                Restart::Never
+            } else {
+                call.restart
+            },
+            rax,
+            errno,
+        };
+        self.deliver_pending(user, Some(interrupted))
+    }
+
+    fn dispatch(&mut self, call: &'static Call, user: &mut UserState, args: &Args) -> Answer {
         if self.program.crash_report().is_some()
             && let Some(signal) = self.kills_itself_by(call.nr, args)
         {
@@ -582,13 +614,14 @@ impl Guard {
             };
         }
         Answer::Return(match self.program.handler(call.nr) {
-            Some(handler) => handler(&mut Request::new(self, call, args)),
+            Some(handler) => handler(&mut Request::new(self, call, *args)),
             None => self.handle_without_handler(call, args),
         })
     }
 
     /// Handles a call that only has a result, by its row in the table.
-    pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: Args) -> SysResult {
+    #[inline]
+    pub(crate) fn handle_without_handler(&mut self, call: &'static Call, args: &Args) -> SysResult {
         match call.handling {
             Handling::Refused(errno) => Err(errno),
             // `Control` has been seen to; a row like any other that is not there.
@@ -596,17 +629,19 @@ impl Guard {
                 self.count_missing(call.nr);
                 Err(Errno::ENOSYS)
             }
-            Handling::Forwarded => self.forward_as_told(call, args),
-            Handling::Emulated(handler) => {
+            Handling::Forwarded | Handling::Emulated(_) => {
                 let checked = self.check(call, args)?;
-                handler(self, checked.values())
+                match call.handling {
+                    Handling::Emulated(handler) => handler(self, checked.values()),
+                    _ => checked.forward(call.nr),
+                }
             }
         }
     }
 
     #[expect(non_upper_case_globals, reason = "the kernel's names, matched against")]
     /// The signal by which a call of this thread is about to end the process.
-    fn kills_itself_by(&self, nr: u32, args: Args) -> Option<u32> {
+    fn kills_itself_by(&self, nr: u32, args: &Args) -> Option<u32> {
         let pid = u64::from(self.pid());
         let signal = match nr {
             __NR_kill | __NR_tkill if args[0] == pid => args[1] as u32,
@@ -617,11 +652,6 @@ impl Guard {
             && default_action(signal) == DefaultAction::Terminate
             && self.program.dispositions().action(signal).disposition() == Disposition::Default;
         fatal.then_some(signal)
-    }
-
-    fn forward_as_told(&mut self, call: &'static Call, args: Args) -> SysResult {
-        let checked: CheckedArgs = self.check(call, args)?;
-        checked.forward(call.nr)
     }
 
     pub(crate) fn count_missing(&self, nr: u32) {
@@ -674,6 +704,19 @@ impl Guard {
         };
         drop(memory);
         self.deliver_fault(user, signal_of_page_fault(addr, mapped), fault)
+    }
+}
+
+/// What is to be done after a call that did more than to return something.
+#[inline(never)]
+fn resume_of(answer: Answer) -> Resume {
+    match answer {
+        Answer::Return(_) | Answer::Registers => Resume::Continue,
+        Answer::Stop => Resume::Stop,
+        Answer::Exit(status) => Resume::Exit(status),
+        Answer::ThreadExit(status) => Resume::ThreadExit(status),
+        Answer::Leave => Resume::Leave,
+        Answer::Killed(signal) => Resume::Killed(signal),
     }
 }
 
@@ -765,6 +808,32 @@ mod tests {
             Request::Admit(AT, range, rw),
         ];
         assert_eq!(*requests.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn nothing_is_done_for_the_program_after_the_engine_has_failed() {
+        let mut mock = MockEngine::new();
+        let requests = Arc::clone(&mock.requests);
+        let mut call = UserState::default();
+        call.regs.rax = nr::__NR_getppid.into();
+        mock.script.push_back((call, Trap::Syscall));
+        mock.script
+            .push_back((call, fault(AT, PageFaultError::empty())));
+        let mut guard = Guard::new(
+            Box::new(mock),
+            Dispositions::new(),
+            ThreadSignals::default(),
+        );
+        let range = PageRange::new(AT, PAGE_SIZE).unwrap();
+        guard
+            .program
+            .memory_mut()
+            .areas
+            .map(range, Attributes::anonymous(Access::READ));
+        guard.engine_failed(EngineError::NoMemory { what: "a test" });
+        // The call itself goes well.
+        assert_eq!(guard.run_thread(&mut UserState::default()), None);
+        assert_eq!(*requests.lock().unwrap(), []);
     }
 
     #[test]

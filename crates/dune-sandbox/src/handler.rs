@@ -119,7 +119,7 @@ impl<'a> Request<'a> {
     /// that a signal prevented ([`Errno::ERESTARTSYS`]) must be returned as it
     /// is.
     pub fn proceed(&mut self) -> SysResult {
-        self.guard.handle_without_handler(self.call, self.args)
+        self.guard.handle_without_handler(self.call, &self.args)
     }
 
     /// Copies from the program's memory.
@@ -205,6 +205,15 @@ mod tests {
             call(&mut guard, "getpid", [0; 6]),
             u64::from(std::process::id())
         );
+    }
+
+    #[test]
+    fn calls_pass_unseen_only_where_none_is_handled() {
+        let unseen = |handlers| with(handlers).program.lets_calls_pass_unseen();
+        assert!(unseen(Handlers::default()));
+        let mut handlers = Handlers::default();
+        handlers.add("getppid", |_| Ok(77)).unwrap();
+        assert!(!unseen(handlers));
     }
 
     #[test]

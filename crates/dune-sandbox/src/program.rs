@@ -368,7 +368,7 @@ impl Program {
     pub(crate) fn lets_calls_pass_unseen(&self) -> bool {
         self.tracer.get().is_none()
             && self.debugger.get().is_none()
-            && self.handlers.get().is_none_or(Handlers::is_empty)
+            && self.handlers.get().is_none()
     }
 
     /// Has `debugger` stop the program where gdb wants it. Only the first
@@ -412,9 +412,11 @@ impl Program {
         self.pid.load(Ordering::Relaxed)
     }
 
-    /// Gives the program's calls these handlers, once.
+    /// Gives the program's calls these handlers, once. None at all is as before.
     pub(crate) fn set_handlers(&self, handlers: Handlers) {
-        let _ = self.handlers.set(handlers);
+        if !handlers.is_empty() {
+            let _ = self.handlers.set(handlers);
+        }
     }
 
     /// The handler of a call, if it has one.

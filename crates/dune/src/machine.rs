@@ -27,17 +27,26 @@ const VECTORS: usize = 256;
 const STUB_SIZE: u64 = 16;
 const INTERRUPT_IST: u8 = 1;
 const FATAL_IST: u8 = 2;
+/// In a value for CR3: the TLB keeps its entries (SDM vol. 3, 4.10.4.1).
+const NO_FLUSH: u64 = 1 << 63;
 
 /// What all threads in Dune mode share.
 #[derive(Debug)]
 pub(crate) struct Machine {
     vm: Vm,
     tables: IdentityTables,
+    /// See [`Machine::cr3`].
+    cr3: u64,
     frames: FrameArena,
     interrupt_table: u64,
     vdso: vdso::Place,
     /// The process that the VM belongs to; another one after a `fork`.
     owner: AtomicI32,
+}
+
+/// Whether the CPU has process-context identifiers, and they are on.
+fn has_pcid(vm: &Vm) -> bool {
+    vm.host().leaf(1, 0).2 & (1 << 17) != 0
 }
 
 static MACHINE: OnceLock<Machine> = OnceLock::new();
@@ -101,9 +110,11 @@ impl Machine {
             unsafe { interrupt_table.wrapping_add(number).write(gate) };
         }
         let maps = std::fs::read_to_string("/proc/self/maps").map_err(EnterError::Maps)?;
+        let cr3 = tables.root() | if has_pcid(&vm) { NO_FLUSH } else { 0 };
         let machine = Self {
             vm,
             tables,
+            cr3,
             frames,
             interrupt_table: interrupt_table as u64,
             vdso: vdso::Place::in_maps(&maps),
@@ -146,7 +157,7 @@ impl Machine {
 
     /// Whether the CPU has process-context identifiers, and they are on.
     pub(crate) fn has_pcid(&self) -> bool {
-        self.vm.host().leaf(1, 0).2 & (1 << 17) != 0
+        has_pcid(&self.vm)
     }
 
     pub(crate) fn vdso(&self) -> vdso::Place {
@@ -166,9 +177,9 @@ impl Machine {
     }
 
     /// What the process's own page tables are loaded with: PCID 0, keeping its entries.
+    #[inline]
     pub(crate) fn cr3(&self) -> u64 {
-        const NO_FLUSH: u64 = 1 << 63;
-        self.tables.root() | if self.has_pcid() { NO_FLUSH } else { 0 }
+        self.cr3
     }
 
     /// Makes sure that the guest reaches `length` bytes at `start`. Either side; no

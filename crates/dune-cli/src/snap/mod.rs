@@ -263,9 +263,9 @@ fn finish(
     Result<dune_sandbox::Outcome, dune_sandbox::RunError>,
 )> {
     let engine = run::engine(placement)?;
-    let (engine, observer) = observed::observe(engine, false)?;
+    let (command, engine, observer) = observed::observe(command, engine, false)?;
     streams::close_again();
-    let outcome = command.run(Box::new(engine));
+    let outcome = command.run(engine);
     watchdog::let_end();
     Ok((observer, outcome))
 }

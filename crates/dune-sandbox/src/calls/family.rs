@@ -36,11 +36,18 @@ impl Guard {
     /// # Errors
     ///
     /// `EPERM`.
+    #[inline]
     pub(crate) fn may_signal(&self, call: &Call, args: &Args) -> Result<(), Errno> {
-        let policy = self.program.policy();
-        let Some(first) = policy.first_process() else {
-            return Ok(());
-        };
+        match self.program.policy().first_process() {
+            Some(first) => self.may_signal_below(first, call, args),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the program, which the process `first` began, may make a call that sends
+    /// signals: to `first` and its descendants alone.
+    #[inline(never)]
+    fn may_signal_below(&self, first: u32, call: &Call, args: &Args) -> Result<(), Errno> {
         let target = match call.nr {
             __NR_kill | __NR_rt_sigqueueinfo => of_pid(args[0] as i32),
             __NR_tkill | __NR_tgkill | __NR_rt_tgsigqueueinfo | __NR_pidfd_open => {

@@ -269,18 +269,18 @@ impl Guard {
     /// # Errors
     ///
     /// The errno that the kernel would give.
-    pub(crate) fn check(&mut self, call: &Call, args: Args) -> Result<CheckedArgs, Errno> {
+    #[inline(always)]
+    pub(crate) fn check(&mut self, call: &Call, args: &Args) -> Result<CheckedArgs, Errno> {
         // Registers that are not arguments are not passed on.
         let mut checked = [0; 6];
         let mut strings_used = 0;
-        for (index, kind) in call.args.iter().enumerate() {
-            let value = args[index];
-            checked[index] = match *kind {
+        for ((checked, &value), kind) in checked.iter_mut().zip(args).zip(call.args) {
+            *checked = match *kind {
                 Arg::Value | Arg::Copied(_) | Arg::Checked => value,
                 Arg::Fd => self.user_fd(value)?,
-                Arg::In(size) => user_pointer(value, byte_count(size, &args)?)?,
+                Arg::In(size) => user_pointer(value, byte_count(size, args)?)?,
                 Arg::Out(size) | Arg::InOut(size) => {
-                    let len = byte_count(size, &args)?;
+                    let len = byte_count(size, args)?;
                     self.user_output(value, len)?
                 }
                 Arg::Pages(len) => {
@@ -288,10 +288,7 @@ impl Guard {
                     pages.map(|_| value).ok_or(Errno::ENOMEM)?
                 }
                 Arg::Path | Arg::Text | Arg::SigSet if value == 0 => 0,
-                Arg::SigSet => {
-                    let set: SigSet = self.memory().read_value(value)?;
-                    self.strings.lend_set(mask_for_host(set))?
-                }
+                Arg::SigSet => self.copy_signal_set(value)?,
                 Arg::Path | Arg::Text => {
                     let at = self.copy_string(value, strings_used, *kind)?;
                     strings_used += 1;
@@ -317,7 +314,14 @@ impl Guard {
         }
     }
 
+    /// Lends a copy of a signal set of the program.
+    fn copy_signal_set(&mut self, addr: u64) -> Result<u64, Errno> {
+        let set: SigSet = self.memory().read_value(addr)?;
+        self.strings.lend_set(mask_for_host(set))
+    }
+
     /// Copies a string of the program into one of the guard's buffers.
+    #[inline(never)]
     fn copy_string(&mut self, addr: u64, which: usize, kind: Arg) -> Result<u64, Errno> {
         // Two buffers serve: no call of the table has more strings.
         let buffer = self.strings.texts.get_mut(which).ok_or(Errno::EINVAL)?;
@@ -404,7 +408,7 @@ mod tests {
                         }
                     }
                     args[index] = hostile;
-                    let checked = guard.check(call, args);
+                    let checked = guard.check(call, &args);
                     assert!(
                         checked.is_err(),
                         "{} argument {index}: {hostile:#x}",
@@ -419,7 +423,7 @@ mod tests {
                         }
                     }
                     args[index] = USER_HI - 1;
-                    assert!(guard.check(call, args).is_err(), "{} straddles", call.name);
+                    assert!(guard.check(call, &args).is_err(), "{} straddles", call.name);
                 }
             }
         }
@@ -429,7 +433,7 @@ mod tests {
     fn registers_that_are_no_arguments_do_not_reach_the_kernel() {
         let mut guard = guard();
         let call = table::find(linux_raw_sys::general::__NR_getpid).unwrap();
-        let checked = guard.check(call, [u64::MAX; 6]).unwrap();
+        let checked = guard.check(call, &[u64::MAX; 6]).unwrap();
         assert_eq!(checked.values(), [0; 6]);
     }
 
@@ -437,15 +441,15 @@ mod tests {
     fn long_transfers_are_cut_as_the_kernel_does() {
         let mut guard = guard();
         let call = table::find(linux_raw_sys::general::__NR_write).unwrap();
-        assert!(guard.check(call, [1, USER_LO, u64::MAX, 0, 0, 0]).is_ok());
+        assert!(guard.check(call, &[1, USER_LO, u64::MAX, 0, 0, 0]).is_ok());
         assert!(
             guard
-                .check(call, [1, USER_HI - 4096, u64::MAX, 0, 0, 0])
+                .check(call, &[1, USER_HI - 4096, u64::MAX, 0, 0, 0])
                 .is_err()
         );
         assert_eq!(
             guard
-                .check(call, [1, own(&call), 0, 0, 0, 0])
+                .check(call, &[1, own(&call), 0, 0, 0, 0])
                 .unwrap()
                 .values()[1],
             0

@@ -201,7 +201,16 @@ impl Guard {
     ///
     /// `EACCES` for what the rules refuse, otherwise what the kernel says of
     /// the path.
+    #[inline]
     pub(crate) fn hold_paths(&mut self, call: &Call, checked: &mut Args) -> Result<(), Errno> {
+        match self.program.policy().files() {
+            Some(_) => self.hold_paths_by_rules(call, checked),
+            None => Ok(()),
+        }
+    }
+
+    #[inline(never)]
+    fn hold_paths_by_rules(&mut self, call: &Call, checked: &mut Args) -> Result<(), Errno> {
         let uses = uses::paths(call.nr);
         let changed = uses::changed_descriptor(call.nr);
         if uses.is_empty() && changed.is_none() {

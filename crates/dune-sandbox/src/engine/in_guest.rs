@@ -195,6 +195,33 @@ impl InGuest {
         core::mem::replace(&mut self.refused, this) == this
     }
 
+    /// What the guard is told of a trap that is no system call, by far the most frequent.
+    #[cold]
+    fn other_trap(&mut self, trap: dune::Trap) -> Trap {
+        match trap {
+            dune::Trap::Syscall => Trap::Syscall,
+            dune::Trap::Interrupted => {
+                self.kick.store(0, Ordering::SeqCst);
+                Trap::Interrupted
+            }
+            dune::Trap::PageFault { address, cause } => {
+                if !cause.contains(dune::PageFaultError::USER) {
+                    return general_protection();
+                }
+                self.page_fault(address, PageFaultError::from_bits_truncate(cause.bits()))
+            }
+            dune::Trap::Exception { vector, error } => Trap::Exception {
+                vector,
+                error,
+                dr6: if vector == vector::DEBUG {
+                    dune::exceptions::take_debug_status()
+                } else {
+                    0
+                },
+            },
+        }
+    }
+
     fn page_fault(&mut self, addr: u64, error: PageFaultError) -> Trap {
         if self.is_host_fault(addr, error) {
             self.refused = (0, 0);
@@ -217,31 +244,11 @@ impl Engine for InGuest {
         store(&mut user.regs, self.context.registers());
         user.fs_base = self.context.fs_base();
         user.gs_base = self.context.gs_base();
-        Ok(match trap {
-            dune::Trap::Syscall => {
-                self.refused = (0, 0);
-                Trap::Syscall
-            }
-            dune::Trap::Interrupted => {
-                self.kick.store(0, Ordering::SeqCst);
-                Trap::Interrupted
-            }
-            dune::Trap::PageFault { address, cause } => {
-                if !cause.contains(dune::PageFaultError::USER) {
-                    return Ok(general_protection());
-                }
-                self.page_fault(address, PageFaultError::from_bits_truncate(cause.bits()))
-            }
-            dune::Trap::Exception { vector, error } => Trap::Exception {
-                vector,
-                error,
-                dr6: if vector == vector::DEBUG {
-                    dune::exceptions::take_debug_status()
-                } else {
-                    0
-                },
-            },
-        })
+        if trap != dune::Trap::Syscall {
+            return Ok(self.other_trap(trap));
+        }
+        self.refused = (0, 0);
+        Ok(Trap::Syscall)
     }
 
     fn answer_by_itself(&mut self, may: bool) -> Result<(), EngineError> {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Access, Engine, EngineError, Holdings, Seed, Trap, UserState};
+use super::{Access, Engine, EngineError, Holdings, Passage, Seed, Trap, UserState};
 use crate::range::PageRange;
 
 /// Bytes of extended state that the mock keeps: FXSAVE area and XSAVE header.
@@ -128,6 +128,10 @@ impl Engine for MockEngine {
     fn reset_xstate(&mut self) -> Result<(), EngineError> {
         self.clear_xstate();
         Ok(())
+    }
+
+    fn passage(&self) -> Passage {
+        Passage::Open
     }
 
     fn kick_byte(&self) -> NonNull<AtomicU8> {

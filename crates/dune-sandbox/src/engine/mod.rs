@@ -402,10 +402,9 @@ pub trait Engine {
     /// If the virtual CPU refuses it.
     fn reset_xstate(&mut self) -> Result<(), EngineError>;
 
-    /// How this thread's calls for the program are made.
-    fn passage(&self) -> Passage {
-        Passage::Open
-    }
+    /// How this thread's calls for the program are made. Every engine says it: one
+    /// that wraps another and forgot would leave the wall out.
+    fn passage(&self) -> Passage;
 
     /// A byte that a signal handler of the guard sets to 1 to make
     /// [`Engine::run`] return [`Trap::Interrupted`]. For KVM it is

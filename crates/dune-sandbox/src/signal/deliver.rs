@@ -49,18 +49,21 @@ impl Interrupted {
 }
 
 impl Guard {
+    /// Whether there may be something for [`Guard::deliver_pending`] to do.
+    #[inline]
+    pub(crate) fn is_disturbed(&self) -> bool {
+        self.signals.held.is_some() || record::is_disturbed()
+    }
+
     /// Delivers the signal that was noted, if there is one. `interrupted` is
     /// the system call that just failed with `EINTR` or was given up;
     /// otherwise `rax` is final already.
+    #[cold]
     pub(crate) fn deliver_pending(
         &mut self,
         user: &mut UserState,
         interrupted: Option<Interrupted>,
     ) -> Resume {
-        // Nearly every trap: a signal is large, also one that is not there.
-        if interrupted.is_none() && self.signals.held.is_none() && !record::is_disturbed() {
-            return Resume::Continue;
-        }
         let Some(info) = self.next_signal() else {
             if let Some(interrupted) = interrupted {
                 rewind(user, &interrupted);

@@ -15,14 +15,15 @@ const MAKE_CHILDREN: [u32; 4] = [__NR_clone, __NR_clone3, __NR_fork, __NR_vfork]
 impl Guard {
     /// A call begins: its arguments are told as they are now. `None` if nobody
     /// wants to know.
-    pub(crate) fn trace_call(&self, nr: u32, args: Args) -> Option<Begun> {
+    #[inline]
+    pub(crate) fn trace_call(&self, nr: u32, args: &Args) -> Option<Begun> {
         let tracer = self.program.tracer()?;
-        tracer.before(nr, args, self.memory(), self.tid)
+        tracer.before(nr, *args, self.memory(), self.tid)
     }
 
-    /// The call is over.
-    pub(crate) fn trace_answer(&self, begun: Option<Begun>, answer: &Answer) {
-        let Some(begun) = begun else { return };
+    /// The call that began so is over.
+    #[inline(never)]
+    pub(crate) fn trace_answer(&self, begun: Begun, answer: &Answer) {
         let result: Option<SysResult> = match *answer {
             Answer::Return(result) => Some(result),
             Answer::Registers => Some(Ok(0)),

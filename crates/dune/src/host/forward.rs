@@ -75,21 +75,25 @@ unsafe fn execute(area: *mut ThreadArea) -> isize {
     let this = unsafe { &mut *area };
     // The kernel looks at the lower half only; the upper one says who asks, where there is
     // somebody who has a wall. Elsewhere anything may be in it.
-    let walled = this.number & WALLED != 0 && Wall::get().is_some();
+    let wall = if this.number & WALLED != 0 {
+        Wall::get()
+    } else {
+        None
+    };
     let number = this.number as u32 as usize;
     this.number = number;
     let special = SPECIAL
         .get(number / 64)
         .is_some_and(|bits| bits >> (number % 64) & 1 == 1);
-    if !special && walled {
-        // SAFETY: as in the caller.
-        return unsafe { wall::system_call(area, number) };
-    }
     if !special {
-        // SAFETY: the process's own call, with the process's own arguments.
-        return unsafe { arch::dune_safe_syscall(area) };
+        return match wall {
+            // SAFETY: as in the caller.
+            Some(wall) => unsafe { wall::system_call(area, wall, number) },
+            // SAFETY: the process's own call, with the process's own arguments.
+            None => unsafe { arch::dune_safe_syscall(area) },
+        };
     }
-    if walled && !matches!(number, nr::CLOSE | nr::CLOSE_RANGE | nr::DUP2 | nr::DUP3) {
+    if wall.is_some() && !matches!(number, nr::CLOSE | nr::CLOSE_RANGE | nr::DUP2 | nr::DUP3) {
         // The others follow pointers, here and not in the kernel.
         return -(Errno::ENOSYS.0 as isize);
     }

@@ -9,17 +9,17 @@ use crate::thread::ThreadArea;
 
 const _: () = assert!(wall::GIVEN_UP == arch::RESTART);
 
-/// Executes the call in the call page, whose number is `number`, with the rights of ring 3
-/// where there is a wall.
+/// Executes the call in the call page, whose number is `number`, with the rights of ring 3.
 ///
 /// # Safety
 /// On the host side of the thread that owns `area`.
-pub(crate) unsafe fn system_call(area: *mut ThreadArea, number: usize) -> isize {
+#[inline]
+pub(crate) unsafe fn system_call(area: *mut ThreadArea, wall: &Wall, number: usize) -> isize {
     // SAFETY: the area is this thread's.
     let this = unsafe { &*area };
-    match (Wall::get(), &this.wall_stack) {
-        (Some(wall), _) if number == nr::MMAP => map(this, wall),
-        (Some(_), Some(stack)) => {
+    match &this.wall_stack {
+        _ if number == nr::MMAP => map(this, wall),
+        Some(stack) => {
             let pending = (&raw const this.pending).cast();
             // SAFETY: the call that the guard of ring 3 decided on; in Dune mode no thread is
             // registered for restartable sequences, the stack is the area's, and the one
