@@ -66,8 +66,6 @@ pub(crate) struct Block {
     /// Cells below are allocated, be they marked or not; of those from here on only the
     /// marked ones are.
     pub(crate) cursor: AtomicU32,
-    /// The cursor when the running cycle of marking began.
-    pub(crate) cycle_cursor: AtomicU32,
     /// The next block in the list that this one is in.
     pub(crate) next: AtomicU32,
     /// 1 while it is in a list, of touched ones or of those with room.
@@ -126,7 +124,6 @@ impl Block {
         self.reciprocal.store(reciprocal(bytes), Relaxed);
         self.cells.store(BLOCK as u32 / bytes, Relaxed);
         self.cursor.store(0, Relaxed);
-        self.cycle_cursor.store(0, Relaxed);
         self.marked.store(0, Relaxed);
         self.set_kind(kind);
     }
@@ -138,7 +135,6 @@ impl Block {
         self.cell_bytes.store(BLOCK as u32, Relaxed);
         self.reciprocal.store(reciprocal(BLOCK as u32), Relaxed);
         self.cells.store(1, Relaxed);
-        self.cycle_cursor.store(0, Relaxed);
         self.cursor.store(0, Relaxed);
         self.marked.store(0, Relaxed);
         self.large_bytes.store(bytes as u64, Relaxed);
@@ -163,7 +159,6 @@ impl Block {
     pub(crate) fn make_free(&self) {
         self.set_kind(Kind::Free);
         self.cursor.store(0, Relaxed);
-        self.cycle_cursor.store(0, Relaxed);
     }
 
     /// Blocks of a large object.

@@ -18,12 +18,12 @@ use core::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::block::Kind;
-use crate::cycle::{CycleGuard, MarkerThread};
+use crate::collect::Collector;
+use crate::cycle::{self, CycleGuard, MarkerThread};
 use crate::error::GcError;
 use crate::heap::{Core, Parameters, fatal};
 use crate::images;
 use crate::layout::class_of;
-use crate::mark::MarkStack;
 use crate::provider::Provider;
 use crate::roots::{Roots, Run};
 use crate::space::Lists;
@@ -75,9 +75,8 @@ pub fn init_with(provider: Provider, is_stressed: bool) -> Result<(), GcError> {
     };
     let core = Arc::new(Core::new(parameters, provider)?);
     install_handler(signal);
-    if core.tracker.is_tracking() {
-        // It lives as long as the heap, which is for ever. Without it, full collections stop
-        // the world.
+    if core.tracker.is_tracking() && cycle::is_worth_a_thread() {
+        // It lives as long as the heap, which is for ever. Without it, the program marks.
         mem::forget(MarkerThread::start(&core));
     }
     let _ = HEAP.set(core);
@@ -323,7 +322,7 @@ pub fn stats() -> Stats {
 
 /// Everything that another thread may hold, from before a `fork` until after it.
 struct Forking {
-    _collector: MutexGuard<'static, MarkStack>,
+    _collector: MutexGuard<'static, Collector>,
     threads: MutexGuard<'static, Vec<Arc<Thread>>>,
     _roots: MutexGuard<'static, Roots>,
     _lists: MutexGuard<'static, Lists>,
@@ -382,9 +381,12 @@ pub(crate) fn after_fork(is_child: bool) {
         fatal(&reason);
     }
     drop(forking);
-    if core.tracker.is_tracking() {
-        core.has_marker.store(false, Ordering::Relaxed);
-        mem::forget(MarkerThread::start(core));
+    if core.has_marker.swap(false, Ordering::Relaxed) {
+        match MarkerThread::start(core) {
+            Ok(marker) => mem::forget(marker),
+            // The program marks. Nobody else takes back a wish of the parent's.
+            Err(_) => core.cycle.done(),
+        }
     }
 }
 

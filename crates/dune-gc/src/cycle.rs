@@ -1,59 +1,34 @@
-//! A full collection beside the running program: *mostly concurrent* marking (Boehm, Demers
-//! and Shenker, PLDI 1991).
+//! The beginning of a collection of everything beside the running program: *mostly concurrent*
+//! marking (Boehm, Demers and Shenker, PLDI 1991), where there is a CPU for it.
 //!
 //! ```text
-//! program    ======|  |=================================|    |=====
-//!                  roots                              what was written
-//! marker           |  |----- mark ----- | clean | clean |    |
-//!                  first pause                        last pause
+//! program    ======|  |=================================|==|  |==|  |==|   |=====
+//!                  roots                                     pieces
+//! marker           |  |----- mark ----- | clean | clean |
+//!                  first round
 //! ```
 //!
-//! What the program writes meanwhile, the tracker knows: after the marker has followed all
-//! that the roots led to, it looks again at the marked objects of written pages, first beside
-//! the program (*cleaning*), then once more with the world stopped. Cells that were allocated
-//! before the last cleaning are live at the cycle's end, whatever happens to them; they are told
-//! by the cursors of their blocks, so allocating costs no more than at other times.
+//! What the program writes meanwhile, the tracker knows: after the marker has followed all that
+//! the roots led to, it looks again at the marked objects of written pages (*cleaning*), which
+//! may be written again. What is left then is done in pieces, by the program, as all of it is
+//! where there is one CPU alone: see [`collect`](crate::collect), which says why nothing is lost.
 //!
-//! # Why nothing live is lost
-//!
-//! It is an *incremental update* scheme: not what the program overwrote is kept (as by a
-//! snapshot at the beginning), but what it wrote is looked at. Suppose a live object is unmarked
-//! at the end. Follow a path to it from a root of the last pause; some marked object (or root) on
-//! it points to an unmarked one.
-//!
-//! ```text
-//!   root --> ... --> marked M --> unmarked U       U is U's first on the path
-//! ```
-//!
-//! Roots are looked at in the last pause, so it is an object M. M was looked through at least
-//! once after it was marked. Had the pointer to U been there then, U would be marked. So it was
-//! written later: after the first pause, which all writes before it precede. The page was in the
-//! tracker's set at some later time (see [`track`](crate::track)), at the last pause at the latest,
-//! and M, being marked, was looked through again with the pointer in it, unless that was
-//! overwritten since, which is the same argument from the start. It holds for a U that is new as
-//! for any other. (The cells that are new at a cleaning are marked then, all of them: what they
-//! lead to need not wait for the last pause.)
-//!
-//! What the marker sees of a new cell or block beside the program: a block says its kind after its
-//! bitmaps are clear, and its cursor moves after the cells are zero, both by release and acquire;
-//! an object of a type is looked through once its description is there, which is written last.
-//!
-//! The cycle holds the collector's lock from its first pause to its last, so no other collection
-//! changes marks or frees blocks meanwhile. A thread that has allocated as much beside the cycle
-//! as was live before waits for its end.
+//! The marker holds the collector's lock, so no other collection changes marks or frees blocks
+//! meanwhile. A thread waits for it that has allocated as much beside it as was live before, or
+//! some 32 MiB.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crate::block::Kind;
+use crate::collect::{Collector, Of};
 use crate::heap::Core;
-use crate::mark::{MarkStack, Marker};
+use crate::mark::Marker;
 
-/// How often the marker looks at written pages beside the program, at most.
+/// How often the marker looks at written pages, at most.
 const CLEANINGS: usize = 3;
-/// Written pages that are left for the last pause rather than cleaned once more.
+/// Written pages that are left for the program rather than cleaned once more.
 const FEW_PAGES: u64 = 64;
 
 /// Whether a cycle runs, and the wish for one.
@@ -115,7 +90,7 @@ impl Cycle {
         *wish
     }
 
-    fn done(&self) {
+    pub(crate) fn done(&self) {
         let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
         if *wish == Wish::Cycle {
             *wish = Wish::Nothing;
@@ -128,6 +103,11 @@ impl Cycle {
 #[derive(Debug)]
 #[expect(dead_code, reason = "they are held")]
 pub(crate) struct CycleGuard<'a>(MutexGuard<'a, Wish>, MutexGuard<'a, Option<JoinHandle<()>>>);
+
+/// Whether marking beside the program takes nothing from it: this process has several CPUs.
+pub(crate) fn is_worth_a_thread() -> bool {
+    std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1)
+}
 
 /// The thread that marks beside the program. Dropped, it ends.
 #[derive(Debug)]
@@ -184,88 +164,33 @@ fn mark_when_asked(core: &Core) {
 
 impl Core {
     fn run_cycle(&self) {
-        let mut stack = self.collector();
+        let mut collector = self.collector();
+        // Another thread was faster.
+        while collector.collection.is_some() {
+            self.go_on(&mut collector);
+        }
+        self.begin(&mut collector, Of::Everything);
+        let Collector { stack, collection } = &mut *collector;
+        let Some(collection) = collection else { return };
         self.before_stop();
-        self.space.clear_other_bitmaps();
-        let mut marker = self.first_pause(&mut stack);
-        marker.drain();
-        for _ in 0..CLEANINGS {
-            let before = marker.pages_scanned;
-            self.tracker.collect(&self.space);
-            self.mark_new_cells(&marker);
-            marker.scan_dirty();
-            marker.drain();
-            if marker.pages_scanned - before <= FEW_PAGES {
-                break;
-            }
-        }
-        self.last_pause(marker);
-    }
-
-    /// From here on, every write is known, and every cell that is allocated.
-    fn first_pause<'a>(&'a self, stack: &'a mut MarkStack) -> Marker<'a> {
         let begin = Instant::now();
+        let mut marker = Marker::new(&self.space, stack, collection.set);
         let stopped = self.world.stop(self.parameters.stop_signal);
-        self.tracker.collect(&self.space);
-        self.space.clear_dirty();
-        for number in 0..self.space.used_blocks() {
-            let block = self.space.block(number);
-            let cursor = block.cursor.load(Ordering::Relaxed);
-            block.cycle_cursor.store(cursor, Ordering::Relaxed);
-        }
-        let other = self.space.current() ^ 1;
-        self.keep_buffers(&stopped, other);
-        let mut marker = Marker::new(&self.space, stack, other);
-        self.mark_roots(&stopped, &mut marker);
+        self.begin_round(&stopped, collection, &mut marker);
         self.allocated.store(0, Ordering::Relaxed);
         drop(stopped);
         self.counters.paused(begin.elapsed());
-        marker
-    }
-
-    fn last_pause(&self, mut marker: Marker<'_>) {
-        self.before_stop();
-        let begin = Instant::now();
-        let stopped = self.world.stop(self.parameters.stop_signal);
-        self.tracker.collect(&self.space);
-        marker.scan_dirty();
-        self.mark_roots(&stopped, &mut marker);
-        marker.drain();
-        self.finalize_unreachable(&mut marker, false);
-        let pages = marker.pages_scanned;
-        self.counters
-            .pages_scanned
-            .fetch_add(pages, Ordering::Relaxed);
-        self.space.exchange_bitmaps();
-        self.reclaim_all();
-        self.cycle.is_running.store(false, Ordering::Relaxed);
-        drop(stopped);
-        self.counters.paused(begin.elapsed());
-        self.counters.collections.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Marks the cells that were allocated since the cycle began or since the last time, so that
-    /// what they lead to is marked beside the program. Their words are looked at when their
-    /// pages are, which are written ones.
-    fn mark_new_cells(&self, marker: &Marker<'_>) {
-        for number in 0..self.space.used_blocks() {
-            let block = self.space.block(number);
-            if matches!(block.kind(), Kind::Free | Kind::Tail) {
-                continue;
-            }
-            let from = block.cycle_cursor.load(Ordering::Relaxed);
-            let to = block.cursor.load(Ordering::Acquire);
-            if from >= to {
-                continue;
-            }
-            block.cycle_cursor.store(to, Ordering::Relaxed);
-            let old = self.space.bitmap(self.space.current(), number);
-            let new = marker.bitmap(number);
-            let mut cell = old.next_clear(from, to);
-            while cell < to {
-                new.set(cell);
-                cell = old.next_clear(cell + 1, to);
+        marker.work();
+        for _ in 0..CLEANINGS {
+            let before = marker.written.pages;
+            self.tracker.collect(&self.space);
+            marker.work();
+            if marker.written.pages - before <= FEW_PAGES {
+                break;
             }
         }
+        collection.written = marker.written;
+        // The program does the rest.
+        self.wait_for_more();
     }
 }

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Block, Kind, NONE};
+use crate::collect::Collector;
 use crate::cycle::Cycle;
 use crate::error::GcError;
 use crate::fork;
@@ -22,6 +23,11 @@ use crate::world::World;
 const RESERVATION: usize = 64 << 30;
 /// Objects that can wait to be looked at; what does not fit is found again by a search.
 const MARK_STACK_ENTRIES: usize = 16 << 20;
+/// Words looked at in one stop of the world, if the heap is small: some 0.5 ms.
+const WORDS_AT_ONCE: usize = 32 << 10;
+/// Bytes that a program allocates between two stops of a collection. One that writes at random
+/// makes in that time what takes a stop to follow.
+const BYTES_BETWEEN: usize = 2 << 10;
 /// Bytes that are cleared at once: below the length from which libc's `memset` uses
 /// `REP STOSB`, whose start costs more than so short a run.
 const CLEAR_PIECE: usize = 1024;
@@ -33,9 +39,13 @@ pub(crate) struct Parameters {
     pub(crate) mark_stack_entries: usize,
     /// Bytes allocated between collections, at least.
     pub(crate) least_allowance: usize,
-    /// Collects at every allocation that needs the heap's lock, young objects and then, beside
-    /// the program if that can be, everything.
+    /// Collects at every allocation that needs the heap's lock: young objects in one stop, then
+    /// everything in very many.
     pub(crate) is_stressed: bool,
+    /// So much is looked at in one stop of the world, in words; `None` to look at everything.
+    pub(crate) words_at_once: Option<usize>,
+    /// Bytes allocated between two stops of one collection.
+    pub(crate) bytes_between: usize,
     /// Sent to threads that are to stop.
     pub(crate) stop_signal: Option<i32>,
 }
@@ -45,8 +55,10 @@ impl Default for Parameters {
         Self {
             reservation: RESERVATION,
             mark_stack_entries: MARK_STACK_ENTRIES,
-            least_allowance: 2 << 20,
+            least_allowance: 8 << 20,
             is_stressed: false,
+            words_at_once: Some(WORDS_AT_ONCE),
+            bytes_between: BYTES_BETWEEN,
             stop_signal: None,
         }
     }
@@ -62,8 +74,9 @@ pub(crate) struct Core {
     pub(crate) parameters: Parameters,
     pub(crate) counters: Counters,
     /// Held by whoever collects.
-    pub(crate) collector: Mutex<MarkStack>,
-    /// Bytes handed out to threads since the last collection.
+    pub(crate) collector: Mutex<Collector>,
+    /// Bytes handed out to threads since the last collection, or the last stop for the one that is
+    /// under way.
     pub(crate) allocated: AtomicUsize,
     /// How many of them make a collection due.
     pub(crate) allowance: AtomicUsize,
@@ -95,7 +108,10 @@ impl Core {
             roots: Mutex::new(Roots::default()),
             parameters,
             counters: Counters::default(),
-            collector: Mutex::new(stack),
+            collector: Mutex::new(Collector {
+                stack,
+                collection: None,
+            }),
             allocated: AtomicUsize::new(0),
             allowance: AtomicUsize::new(parameters.least_allowance),
             looked_at: AtomicUsize::new(0),
@@ -189,12 +205,12 @@ impl Core {
         self.critically(thread, || self.try_allocate(thread, kind, bytes))
     }
 
-    /// Whether a thread should collect, or wait for the collection that runs: so much may be
-    /// allocated beside one as was live when it began.
+    /// Whether a thread should collect, or wait for the marker beside the program: so much may be
+    /// allocated beside it as was live when it began, or a little more.
     pub(crate) fn is_collection_due(&self) -> bool {
         if self.cycle.is_running() {
             let live = self.counters.live_bytes.load(Ordering::Relaxed) as usize;
-            let most = live.max(self.parameters.least_allowance * 16);
+            let most = live.max(self.parameters.least_allowance * 4);
             return self.allocated.load(Ordering::Relaxed) >= most;
         }
         self.parameters.is_stressed

@@ -7,17 +7,38 @@ use core::mem::MaybeUninit;
 /// Ranges of addresses, from and to.
 pub(crate) type Ranges = Vec<(usize, usize)>;
 
-/// The variables of the program and of every library that is loaded now.
+/// The variables of the program and of every library that is loaded now, without what cannot
+/// hold a pointer to an object: constants that the loader writes before the program begins
+/// (`PT_GNU_RELRO`), and Dune's own tables.
 pub(crate) fn variables() -> Ranges {
     let mut ranges = Ranges::new();
+    let mut holes: Ranges = dune::own_tables()
+        .map(|table| (table.start, table.end))
+        .into();
     each_image(&mut |image| {
-        for header in image.headers.iter().filter(|h| h.p_type == libc::PT_LOAD) {
-            if header.p_flags & libc::PF_W != 0 {
-                let start = image.base + header.p_vaddr as usize;
-                ranges.push((start, start + header.p_memsz as usize));
+        for header in image.headers {
+            let start = image.base + header.p_vaddr as usize;
+            let range = (start, start + header.p_memsz as usize);
+            match header.p_type {
+                libc::PT_LOAD if header.p_flags & libc::PF_W != 0 => ranges.push(range),
+                libc::PT_GNU_RELRO => holes.push(range),
+                _ => {}
             }
         }
     });
+    without(ranges, &holes)
+}
+
+/// The parts of ranges that lie in no hole.
+fn without(mut ranges: Ranges, holes: &Ranges) -> Ranges {
+    for &(from, to) in holes {
+        let rest = |(start, end): (usize, usize)| {
+            [(start, end.min(from)), (start.max(to), end)]
+                .into_iter()
+                .filter(|(start, end)| start < end)
+        };
+        ranges = ranges.into_iter().flat_map(rest).collect();
+    }
     ranges
 }
 
@@ -121,13 +142,31 @@ mod tests {
     }
 
     #[test]
-    fn the_programs_variables_are_found() {
+    fn the_programs_variables_are_found_and_constants_are_not() {
         static MUTABLE: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(7);
-        let address = &raw const MUTABLE as usize;
-        assert!(
+        // A pointer, which the loader writes.
+        static CONSTANT: &[&str] = &["constant"];
+        let is_found = |address: usize| {
             variables()
                 .iter()
                 .any(|(start, end)| (*start..*end).contains(&address))
-        );
+        };
+        assert!(is_found(&raw const MUTABLE as usize));
+        assert!(!is_found(CONSTANT.as_ptr() as usize));
+        for table in dune::own_tables() {
+            assert!(!is_found(table.start) && !is_found(table.end - 1));
+        }
+    }
+
+    #[test]
+    fn holes_may_lie_anywhere() {
+        let ranges = vec![(10, 20), (30, 40)];
+        let of = |holes: &[(usize, usize)]| without(ranges.clone(), &holes.to_vec());
+        assert_eq!(of(&[]), ranges);
+        assert_eq!(of(&[(0, 10), (20, 30), (40, 50)]), ranges);
+        assert_eq!(of(&[(12, 14), (13, 16)]), [(10, 12), (16, 20), (30, 40)]);
+        assert_eq!(of(&[(5, 15), (35, 45)]), [(15, 20), (30, 35)]);
+        assert_eq!(of(&[(15, 35)]), [(10, 15), (35, 40)]);
+        assert_eq!(of(&[(0, 50)]), []);
     }
 }

@@ -1,6 +1,7 @@
 //! A garbage-collected heap whose write barrier is the dirty bit of the page.
 //!
-//! Mark and sweep, generational, mostly concurrent; objects do not move. There are two ways in:
+//! Mark and sweep, generational, incremental and, where there are several CPUs, mostly
+//! concurrent; objects do not move. There are two ways in:
 //! the Rust interface below, where every pointer is known, and [`conservative`], where any word
 //! may be one, for C programs (`include/dune_gc.h`, the package `dune-gc-c`).
 //!
@@ -74,8 +75,17 @@
 //! | [`Mutator::downgrade`], [`Mutator::set_finalizer`] | a lock and an allocation | no |
 //! | [`Mutator::blocking`] | two atomic exchanges | no |
 //! | [`Heap::attach`] | a lock, 15 KiB | once, if the thread is outside |
-//! | a minor collection | linear in the young live objects, the pages written, the roots; plus a few instructions for each page of the heap; the world is stopped | a few times |
-//! | a full one | linear in the live objects, once in so many that their number may have grown by three quarters; beside the program (two pauses, linear in the roots, and in the pages written of late) or, with [`Provider::None`], in [`Mutator::collect`] and when memory runs out, with the world stopped | a few times |
+//! | a minor collection | linear in the young live objects, the pages written, the roots; plus a few instructions for each page of the heap | a few times |
+//! | a full one | linear in the live objects, once in so many that their number may have grown by three quarters; its first part beside the program where the process has several CPUs | a few times |
+//! | a stop of the world for a part of either | some 32,000 words, or a 32nd of the words of a large heap, looked at; plus, at the beginning of a round and at the end, a few instructions for each page of the heap and for each root (with page protection a system call for each run of written pages); plus, at the end, what only finalizers keep, and each weak pointer, finalizer and value to drop | with several threads: twice for each |
+//!
+//! A collection is done in such parts by the threads that allocate, and little is allocated in
+//! between (2 KiB, or one object), so that the program does not write faster than it is followed:
+//! pauses are short, and while a collection is under way they follow each other closely. A
+//! program that writes to most of its pages all the same is held up for longer from the fifth
+//! round on, and one that allocates large objects in proportion to them. With [`Provider::None`],
+//! in [`Mutator::collect`], when memory runs out and where more objects wait to be looked through
+//! than there is room for, a collection is one stop.
 //!
 //! # Threads
 //!
@@ -178,8 +188,8 @@
 //! space.rs      blocks and lists of them      block.rs, layout.rs, memory.rs
 //! thread.rs     a thread's runs of free cells
 //! world.rs      stopping the threads
-//! collect.rs    collections that stop the world: full, minor
-//! cycle.rs      a collection beside the program; why nothing is lost
+//! collect.rs    collections in pieces; why nothing is lost
+//! cycle.rs      the part of a full one that is done beside the program
 //! mark.rs       from words to objects
 //! roots.rs      roots, weak pointers, finalizers, values to drop
 //! track/        who was written: the providers; why no write is missed

@@ -10,11 +10,14 @@ use crate::space::{Cell, Space};
 use crate::typed;
 
 const WORD: usize = size_of::<usize>();
-/// Bytes of a conservative object that are looked at before what they led to: bounds the
-/// stack's growth by one object.
+/// Bytes of a conservative object or an array that are looked at before what they led to:
+/// bounds the stack's growth by one object, and the work between two looks at the allowance.
 const PIECE: usize = 2048;
+/// In the second word of an entry that is a typed object: the rest is where to go on.
+const TYPED: usize = 1;
 
-/// What is still to be looked at: pairs of an address and an end, or 0 for a typed object.
+/// What is still to be looked at: pairs of an address and an end, or of a typed object and
+/// where to go on in it (with [`TYPED`]).
 #[derive(Debug)]
 pub(crate) struct MarkStack {
     entries: Table<AtomicU64>,
@@ -30,6 +33,12 @@ impl MarkStack {
             len: 0,
             overflowed: false,
         })
+    }
+
+    /// Forgets what was to be looked at.
+    pub(crate) fn clear(&mut self) {
+        self.len = 0;
+        self.overflowed = false;
     }
 
     #[inline]
@@ -70,11 +79,23 @@ pub(crate) struct Marker<'a> {
     start: usize,
     blocks: &'a [Block],
     marks: &'a [[AtomicU64; BITMAP_WORDS]],
-    /// Pages that were looked at because they were dirty.
-    pub(crate) pages_scanned: u64,
-    /// Bytes of marked objects in them.
-    pub(crate) bytes_scanned: usize,
+    /// How much more is to be looked at before [`work`](Self::work) returns, in words; each
+    /// object counts as some more.
+    allowance: usize,
+    /// What was looked at because it was written to.
+    pub(crate) written: Written,
 }
+
+/// How much was looked at because it was written to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Written {
+    pub(crate) pages: u64,
+    /// Bytes of marked objects in them.
+    pub(crate) bytes: usize,
+}
+
+/// What finding and marking an object costs, beside its words.
+const WORDS_OF_AN_OBJECT: usize = 6;
 
 impl<'a> Marker<'a> {
     pub(crate) fn new(space: &'a Space, stack: &'a mut MarkStack, set: usize) -> Self {
@@ -85,9 +106,25 @@ impl<'a> Marker<'a> {
             start: space.start(),
             blocks: space.blocks(),
             marks: space.bitmaps(set),
-            pages_scanned: 0,
-            bytes_scanned: 0,
+            allowance: usize::MAX,
+            written: Written::default(),
         }
+    }
+
+    /// Lets [`work`](Self::work) look at so many words.
+    pub(crate) fn allow(&mut self, words: usize) {
+        self.allowance = words;
+    }
+
+    /// Takes from the allowance what so many words would.
+    pub(crate) fn spend(&mut self, words: usize) {
+        self.allowance = self.allowance.saturating_sub(words);
+    }
+
+    /// Looks through what was marked, and through the marked objects of written pages, until
+    /// nothing is left or the allowance is used up. Whether nothing is left.
+    pub(crate) fn work(&mut self) -> bool {
+        self.drain_allowed() && self.scan_dirty() && self.drain_allowed()
     }
 
     /// Marks the object that an address lies in, if it lies in one, and remembers to look
@@ -130,7 +167,7 @@ impl<'a> Marker<'a> {
         let start = self.start + (number << BLOCK_SHIFT) + cell as usize * bytes;
         match kind {
             Kind::Conservative => self.stack.push(start, start + bytes),
-            Kind::Typed => self.stack.push(start, 0),
+            Kind::Typed => self.stack.push(start, start | TYPED),
             _ => {}
         }
     }
@@ -161,7 +198,7 @@ impl<'a> Marker<'a> {
                 let bytes = self.space.cell_bytes(at) & !(WORD - 1);
                 self.stack.push(start, start + bytes);
             }
-            Kind::Typed => self.stack.push(start, 0),
+            Kind::Typed => self.stack.push(start, start | TYPED),
             _ => {}
         }
     }
@@ -182,7 +219,8 @@ impl<'a> Marker<'a> {
     /// The memory is readable; others may write to it meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn scan(&mut self, start: usize, end: usize) {
-        // What is put into use meanwhile is new, and marked as such.
+        // A pointer to what is put into use meanwhile is written after this was read: its page
+        // is looked at once more.
         let (heap, used) = (self.start, self.space.used());
         let mut at = start.next_multiple_of(WORD);
         let end = end & !(WORD - 1);
@@ -200,29 +238,63 @@ impl<'a> Marker<'a> {
 
     /// Looks through all that was marked and not looked at.
     pub(crate) fn drain(&mut self) {
+        self.allow(usize::MAX);
+        self.drain_allowed();
+    }
+
+    /// As [`drain`](Self::drain), as far as is allowed. Whether nothing is left.
+    fn drain_allowed(&mut self) -> bool {
         loop {
-            self.drain_stack();
-            if !core::mem::take(&mut self.stack.overflowed) {
-                return;
+            if !self.drain_stack() {
+                return false;
             }
+            if !core::mem::take(&mut self.stack.overflowed) {
+                return true;
+            }
+            // In one go: it could not be told how far it came.
+            let allowance = core::mem::replace(&mut self.allowance, usize::MAX);
             self.recover();
+            self.allowance = allowance;
         }
     }
 
     #[inline(always)]
     fn look_through(&mut self, start: usize, end: usize) {
-        if end == 0 {
-            // SAFETY: an allocated cell of a block of typed objects.
-            unsafe { typed::trace(start, self) };
-            return;
+        if end & TYPED != 0 {
+            return self.look_through_typed(start, end & !TYPED);
         }
         let mut end = end;
         if end - start > PIECE {
             self.stack.push(start + PIECE, end);
             end = start + PIECE;
         }
+        self.spend((end - start) / WORD + WORDS_OF_AN_OBJECT);
         // SAFETY: the words of an object in the heap.
         unsafe { self.scan(start, end) };
+    }
+
+    /// Looks through a typed object, or through a piece of an array.
+    #[inline(always)]
+    fn look_through_typed(&mut self, object: usize, from: usize) {
+        // SAFETY: an allocated cell of a block of typed objects.
+        let Some(info) = (unsafe { typed::info(object) }) else {
+            return;
+        };
+        // SAFETY: its description.
+        let end = unsafe { info.end_of_array(object) };
+        let next = from + PIECE;
+        if next < end {
+            self.stack.push(object, next | TYPED);
+        }
+        let bytes = if info.is_array {
+            next.min(end) - from
+        } else {
+            let block = self.blocks.get((object - self.start) >> BLOCK_SHIFT);
+            block.map_or(0, |block| block.cell_bytes.load(Ordering::Relaxed)) as usize
+        };
+        self.spend(bytes / WORD + WORDS_OF_AN_OBJECT);
+        // SAFETY: its description.
+        unsafe { (info.trace)(object, from, next, self) };
     }
 
     /// After an overflow: looks through every marked object again.
@@ -247,9 +319,9 @@ impl<'a> Marker<'a> {
         }
     }
 
-    /// Looks through the marked objects of every dirty page, and takes the pages out of the
-    /// set.
-    pub(crate) fn scan_dirty(&mut self) {
+    /// Looks through the marked objects of dirty pages, and takes the pages out of the set, as
+    /// far as is allowed. Whether none is left.
+    pub(crate) fn scan_dirty(&mut self) -> bool {
         let space = self.space;
         for (index, word) in space.dirty_words().iter().enumerate() {
             if word.load(Ordering::Relaxed) == 0 {
@@ -257,11 +329,16 @@ impl<'a> Marker<'a> {
             }
             let mut left = word.swap(0, Ordering::Relaxed);
             while left != 0 {
+                if self.allowance == 0 {
+                    word.fetch_or(left, Ordering::Relaxed);
+                    return false;
+                }
                 let page = index * 64 + left.trailing_zeros() as usize;
                 left &= left - 1;
                 self.scan_page(page);
             }
         }
+        true
     }
 
     fn scan_page(&mut self, page: usize) {
@@ -273,7 +350,7 @@ impl<'a> Marker<'a> {
             Kind::Free | Kind::Atomic => return,
             Kind::Conservative | Kind::Typed | Kind::Tail => {}
         }
-        self.pages_scanned += 1;
+        self.written.pages += 1;
         if block.kind() == Kind::Tail || block.is_large() {
             let Some(at) = space.cell_of(start) else {
                 return;
@@ -315,7 +392,9 @@ impl<'a> Marker<'a> {
     /// Looks at the part of a marked object, or of some beside each other without types, that
     /// lies in a page.
     fn scan_part(&mut self, at: Cell, object: usize, start: usize, end: usize) {
-        self.bytes_scanned += end.saturating_sub(start);
+        let bytes = end.saturating_sub(start);
+        self.written.bytes += bytes;
+        self.spend(bytes / WORD);
         match self.space.block(at.block).kind() {
             // SAFETY: words of an object in the heap.
             Kind::Conservative => unsafe { self.scan(start, end) },
@@ -327,10 +406,15 @@ impl<'a> Marker<'a> {
         self.drain_stack();
     }
 
+    /// Whether the stack is empty, or else the allowance is used up.
     #[inline(never)]
-    fn drain_stack(&mut self) {
-        while let Some((start, end)) = self.stack.pop() {
+    fn drain_stack(&mut self) -> bool {
+        while self.allowance > 0 {
+            let Some((start, end)) = self.stack.pop() else {
+                return true;
+            };
             self.look_through(start, end);
         }
+        self.stack.len == 0
     }
 }

@@ -37,7 +37,7 @@ pub(crate) type Droppable = (usize, unsafe fn(usize));
 pub(crate) struct Roots {
     /// Ranges whose words may be pointers: from, to.
     pub(crate) ranges: Vec<(usize, usize)>,
-    /// Ranges of the program's variables, found anew before each collection.
+    /// Ranges of the program's variables, found anew before each stop of the world.
     pub(crate) images: Vec<(usize, usize)>,
     /// Single objects, or 0.
     slots: Vec<usize>,

@@ -1,5 +1,6 @@
 //! The heap's blocks: which are free, which have room, what lies where.
 
+use core::ops::Range;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -58,7 +59,7 @@ pub(crate) struct Lists {
 }
 
 /// A part of the heap that became usable, in bytes from its start.
-pub(crate) type Segment = core::ops::Range<usize>;
+pub(crate) type Segment = Range<usize>;
 
 impl Space {
     /// Reserves `bytes` of addresses, or as many as the process's limits allow.
@@ -222,11 +223,16 @@ impl Space {
             || self.bitmap(self.current(), at.block).get(at.cell)
     }
 
-    /// Remembers that a page, counted from the start of the heap, has to be looked at.
-    #[inline]
-    pub(crate) fn mark_dirty(&self, page: usize) {
-        if let Some(word) = self.dirty.get(page / 64) {
-            word.fetch_or(1 << (page % 64), Ordering::Relaxed);
+    /// Remembers that pages, counted from the start of the heap, have to be looked at.
+    pub(crate) fn mark_dirty(&self, pages: Range<usize>) {
+        let mut page = pages.start;
+        while page < pages.end {
+            let end = pages.end.min((page / 64 + 1) * 64);
+            let bits = (u64::MAX >> (64 - (end - page))) << (page % 64);
+            if let Some(word) = self.dirty.get(page / 64) {
+                word.fetch_or(bits, Ordering::Relaxed);
+            }
+            page = end;
         }
     }
 

@@ -79,7 +79,7 @@ pub use answers::Answers;
 pub use dune_x86::trap::{PageFaultError, TrapFrame, vector};
 pub use error::EnterError;
 pub use host::WALLED;
-pub use machine::{descriptors, extended_features, vcpus, windows};
+pub use machine::{descriptors, extended_features, own_tables, vcpus, windows};
 pub use mode::{enter, enter_with, is_inside, leave, run};
 pub use options::Options;
 pub use rseq::forgo_restartable_sequences;

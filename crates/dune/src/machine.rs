@@ -302,6 +302,22 @@ pub(crate) fn parse_range(line: &str) -> Option<(u64, u64)> {
     ))
 }
 
+/// Where this library's large tables are, which never hold the address of an object of the
+/// program's: of no interest to a collector that looks through the process's variables. Costs
+/// nothing.
+#[must_use]
+pub fn own_tables() -> [core::ops::Range<usize>; 2] {
+    [
+        address_range(&dune_kvm::wall::SLOTS),
+        address_range(&crate::thread::AREAS),
+    ]
+}
+
+fn address_range<T>(table: &'static [T]) -> core::ops::Range<usize> {
+    let range = table.as_ptr_range();
+    range.start as usize..range.end as usize
+}
+
 /// The runtime's own descriptors in this process: the VM's and that of `/dev/kvm`. Those of
 /// the vCPUs come and go with threads. A program in Dune mode can neither close nor replace
 /// them; a sandbox must hide them too.

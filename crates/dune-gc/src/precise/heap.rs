@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::mutator::Mutator;
-use crate::cycle::MarkerThread;
+use crate::cycle::{self, MarkerThread};
 use crate::error::GcError;
 use crate::heap::{Core, Parameters};
 use crate::provider::Provider;
@@ -15,17 +15,17 @@ use crate::stats::Stats;
 pub struct Config {
     provider: Provider,
     parameters: Parameters,
-    is_concurrent: bool,
+    marks_beside: bool,
 }
 
 impl Config {
-    /// [`Provider::Auto`], 64 GiB of addresses, concurrent marking, 2 MiB between collections
-    /// at least.
+    /// [`Provider::Auto`], 64 GiB of addresses, collections in pieces and beside the program,
+    /// 8 MiB between collections at least.
     pub fn new() -> Self {
         Self {
             provider: Provider::Auto,
             parameters: Parameters::default(),
-            is_concurrent: true,
+            marks_beside: cycle::is_worth_a_thread(),
         }
     }
 
@@ -42,20 +42,38 @@ impl Config {
         self
     }
 
-    /// How many bytes are allocated between two collections at least. Fewer make pauses
-    /// shorter, more make collections rarer.
+    /// How many bytes are allocated between two collections at least. More make collections
+    /// rarer, and the heap larger.
     pub fn young_bytes(mut self, bytes: usize) -> Self {
         self.parameters.least_allowance = bytes.max(1);
         self
     }
 
-    /// Full collections stop the world rather than mark beside it.
+    /// Each collection is done in one stop of the world: less work in all, and pauses as long
+    /// as a collection.
     pub fn stop_the_world(mut self) -> Self {
-        self.is_concurrent = false;
+        self.marks_beside = false;
+        self.parameters.words_at_once = None;
         self
     }
 
-    /// Collects at every safepoint, and beside the program all the time: for tests.
+    /// Each stop of a collection looks at so many words, and the program allocates so many bytes
+    /// before the next. For tests.
+    #[doc(hidden)]
+    pub fn pieces(mut self, words_at_once: usize, bytes_between: usize) -> Self {
+        self.parameters.words_at_once = Some(words_at_once);
+        self.parameters.bytes_between = bytes_between;
+        self
+    }
+
+    /// Whether a thread marks beside the program, however many CPUs there are. For tests.
+    #[doc(hidden)]
+    pub fn marks_beside(mut self, marks_beside: bool) -> Self {
+        self.marks_beside = marks_beside;
+        self
+    }
+
+    /// Collects at every safepoint: for tests.
     pub fn stress(mut self) -> Self {
         self.parameters.is_stressed = true;
         self
@@ -94,15 +112,15 @@ pub(super) struct Owner {
 
 impl Heap {
     /// Makes a heap. Some milliseconds with [`Provider::Dune`] the first time, otherwise some
-    /// system calls and, unless it stops the world, a thread. With [`Provider::Dune`], and with
+    /// system calls and, where there are several CPUs, a thread. With [`Provider::Dune`], and with
     /// [`Provider::Auto`] where it is possible, the calling thread enters Dune mode and stays.
     ///
     /// # Errors
     /// [`GcError::Reserve`], [`GcError::Provider`].
     pub fn new(config: Config) -> Result<Self, GcError> {
         let core = Arc::new(Core::new(config.parameters, config.provider)?);
-        // Without the thread, full collections stop the world.
-        let marker = (config.is_concurrent && core.tracker.is_tracking())
+        // Without the thread, the program marks.
+        let marker = (config.marks_beside && core.tracker.is_tracking())
             .then(|| MarkerThread::start(&core).ok())
             .flatten();
         Ok(Self(Arc::new(Owner {

@@ -47,9 +47,11 @@ struct Described<T>(PhantomData<T>);
 
 impl<T: Trace> Described<T> {
     const VALUE: &'static TypeInfo = &TypeInfo {
+        is_array: false,
         trace: trace_value::<T>,
     };
     const ARRAY: &'static TypeInfo = &TypeInfo {
+        is_array: true,
         trace: trace_array::<T>,
     };
 }

@@ -53,9 +53,8 @@ impl WriteTracker for DirtyBits {
             }
             for run in set.runs() {
                 let from = (run.start().as_u64() >> PAGE_SHIFT) - first;
-                for page in from..from + (run.bytes() >> PAGE_SHIFT) {
-                    space.mark_dirty(page as usize);
-                }
+                let end = from + (run.bytes() >> PAGE_SHIFT);
+                space.mark_dirty(from as usize..end as usize);
             }
         }
     }

@@ -200,7 +200,7 @@ impl<R: Rights> WriteTracker for Protected<R> {
                 if page >= end || !has_pointers(space, page) {
                     continue;
                 }
-                space.mark_dirty(page);
+                space.mark_dirty(page..page + 1);
                 if !holds_marked(space, page) {
                     continue;
                 }

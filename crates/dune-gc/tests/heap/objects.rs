@@ -37,8 +37,157 @@ pub(crate) fn agrees_with_the_model_when_the_mark_stack_is_too_short(provider: P
     );
 }
 
-pub(crate) fn agrees_with_the_model_without_a_marker(provider: Provider) {
+pub(crate) fn agrees_with_the_model_in_one_stop(provider: Provider) {
     agrees_with_model(config(provider).stop_the_world(), cases(provider, 12), 200);
+}
+
+/// The program does something between any two objects that are looked at.
+fn in_small_pieces(provider: Provider) -> Config {
+    config(provider).young_bytes(4 << 10).pieces(8, 1)
+}
+
+pub(crate) fn agrees_with_the_model_in_small_pieces(provider: Provider) {
+    let config = in_small_pieces(provider).marks_beside(false);
+    agrees_with_model(config, cases(provider, 24), 300);
+}
+
+pub(crate) fn agrees_with_the_model_in_small_pieces_with_a_marker(provider: Provider) {
+    let config = in_small_pieces(provider).marks_beside(true);
+    agrees_with_model(config, cases(provider, 12), 300);
+}
+
+/// A list of so many numbers, the last in front.
+fn list(mutator: &mut Mutator, len: u64) -> Root<Number> {
+    let mut first = mutator.make(number(0));
+    for value in 1..len {
+        let next = mutator.make(number(value));
+        next.next.set(mutator, Some(first.get(mutator)));
+        first = next;
+    }
+    first
+}
+
+fn is_whole(mutator: &Mutator, first: &Root<Number>, len: u64) -> bool {
+    let mut values = (0..len).rev();
+    let mut at = Some(first.get(mutator));
+    while let Some(number) = at {
+        if values.next() != Some(number.value) {
+            return false;
+        }
+        at = number.next.get(mutator);
+    }
+    values.next().is_none()
+}
+
+/// Allocates until so many more collections are complete.
+fn until_collected(
+    mutator: &mut Mutator,
+    heap: &Heap,
+    times: u64,
+    mut between: impl FnMut(&Mutator),
+) {
+    let patience = patience();
+    let begin = heap.stats().collections;
+    while heap.stats().collections < begin + times {
+        assert!(Instant::now() < patience, "no end of a collection");
+        drop(mutator.make(number(0)));
+        between(mutator);
+    }
+}
+
+pub(crate) fn a_collection_of_much_takes_many_short_stops(provider: Provider) {
+    const LEN: u64 = 20_000;
+    let config = config(provider).pieces(500, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let first = list(&mut mutator, LEN);
+    let before = heap.stats();
+    until_collected(&mut mutator, &heap, 4, |_| ());
+    let after = heap.stats();
+    let stops = (after.pauses - before.pauses) / (after.collections - before.collections);
+    if provider == Provider::None {
+        assert_eq!(stops, 1);
+    } else {
+        // All of the list, or the part of it that is young or written, by 500 words at a time.
+        assert!(stops >= 3, "{before:?} {after:?}");
+    }
+    assert!(is_whole(&mutator, &first, LEN));
+}
+
+pub(crate) fn a_long_array_is_looked_through_in_parts(provider: Provider) {
+    const LEN: usize = 50_000;
+    let config = config(provider).pieces(500, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let before = heap.stats();
+    let array: Root<GcArray<Number>> = mutator.root(mutator.alloc_array(LEN));
+    for index in (0..LEN).step_by(100) {
+        array[index].set(&mutator, Some(mutator.alloc(number(index as u64))));
+    }
+    until_collected(&mut mutator, &heap, 1, |_| ());
+    let after = heap.stats();
+    if provider != Provider::None {
+        assert!(after.pauses - before.pauses >= 20, "{before:?} {after:?}");
+    }
+    for index in (0..LEN).step_by(100) {
+        assert_eq!(array[index].get(&mutator).unwrap().value, index as u64);
+    }
+}
+
+#[derive(Trace)]
+struct Link {
+    next: GcCell<Link>,
+    body: GcCell<GcArray<Number>>,
+}
+
+/// A queue whose links are larger than what one stop looks at: its end must not run away from the
+/// collector.
+pub(crate) fn a_collection_ends_however_much_is_allocated_meanwhile(provider: Provider) {
+    const LINKS: usize = 50;
+    const BODY: usize = 4000;
+    let config = config(provider).pieces(100, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let link = |mutator: &mut Mutator| {
+        let link = mutator.make(Link {
+            next: GcCell::null(),
+            body: GcCell::null(),
+        });
+        link.body.set(mutator, Some(mutator.alloc_array(BODY)));
+        link
+    };
+    let mut first = link(&mut mutator);
+    let mut last = first.clone();
+    let begin = heap.stats().collections;
+    for step in 0..3000 {
+        let next = link(&mut mutator);
+        last.next.set(&mutator, Some(next.get(&mutator)));
+        last = next;
+        if step >= LINKS {
+            let second = first.get(&mutator).next.get(&mutator).unwrap();
+            first = mutator.root(second);
+        }
+    }
+    let stats = heap.stats();
+    assert!(stats.collections - begin > 3, "{stats:?}");
+    assert!(stats.heap_bytes < 64 << 20, "{stats:?}");
+}
+
+pub(crate) fn a_collection_ends_however_much_is_written_meanwhile(provider: Provider) {
+    const LEN: u64 = 5_000;
+    let config = config(provider).pieces(50, 1).marks_beside(false);
+    let heap = Heap::new(config).unwrap();
+    let mut mutator = heap.attach().unwrap();
+    let first = list(&mut mutator, LEN);
+    until_collected(&mut mutator, &heap, 3, |mutator| {
+        // Every page that the list is in, which takes more than the next stop to look at.
+        let mut at = Some(first.get(mutator));
+        while let Some(number) = at {
+            at = number.next.get(mutator);
+            number.next.set(mutator, at);
+        }
+    });
+    assert!(is_whole(&mutator, &first, LEN));
 }
 
 #[derive(Trace)]
