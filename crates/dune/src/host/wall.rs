@@ -1,7 +1,7 @@
 //! System calls behind the wall of protection keys: those with arguments of ring 3.
 #![expect(unsafe_code, reason = "system calls on behalf of ring 3")]
 
-use dune_kvm::sys::{self, nr};
+use dune_kvm::sys::{self, Errno, nr};
 use dune_kvm::wall::{self, Wall};
 
 use crate::arch;
@@ -26,8 +26,8 @@ pub(crate) unsafe fn system_call(area: *mut ThreadArea, wall: &Wall, number: usi
             // handler is made for it (`signals::install`).
             unsafe { wall::call(number, &this.arguments, pending, stack.slot()) }
         }
-        // SAFETY: the process's own call, with the process's own arguments.
-        _ => unsafe { arch::dune_safe_syscall(area) },
+        // A thread enters with a stack where there is a wall. Without one: no way around it.
+        None => -(Errno::ENOSYS.0 as isize),
     }
 }
 
