@@ -21,6 +21,11 @@ fn threads() {
     ]);
 }
 
+/// A vCPU each.
+fn very_many_threads() {
+    tasks::in_guest(&["five_hundred_at_once"]);
+}
+
 fn signals_and_threads() {
     tasks::in_guest(&[
         "signals_find_their_thread",
@@ -32,6 +37,11 @@ fn signals_and_threads() {
 /// One alone: a thread that spins takes the lab's one CPU from all others.
 fn races() {
     tasks::in_guest(&["unmapping_beside_readers"]);
+}
+
+/// As `races`.
+fn views_beside_others() {
+    tasks::in_guest(&["rendered_view_race"]);
 }
 
 fn processes() {
@@ -77,8 +87,10 @@ fn shells() {
 fn main() -> ExitCode {
     const TESTS: &[dune_testing::Test] = dune_testing::list! {
         ring0 threads, timeout 200,
+        ring0 very_many_threads, timeout 200,
         ring0 signals_and_threads, timeout 200,
         ring0 races, timeout 300,
+        ring0 views_beside_others, timeout 300,
         ring0 processes, timeout 200,
         ring0 features, timeout 200,
         ring0 vfork_and_spawn, timeout 200,

@@ -37,6 +37,11 @@ pub(crate) fn all(dune: Option<&Path>, own: &Path, patience: Duration) -> Vec<Co
         (NATIVE, vec![], false),
         (DUNE_GUEST, placed("guest"), false),
         (DUNE_HOST, placed("host"), false),
+        (
+            "dune-trace",
+            vec![&*dune, "trace", "-o", "/dev/null", "--"],
+            false,
+        ),
         ("runsc-ptrace", runsc("--platform=ptrace"), true),
         ("runsc-systrap", runsc("--platform=systrap"), false),
         ("runsc-kvm", runsc("--platform=kvm"), false),
