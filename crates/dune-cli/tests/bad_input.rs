@@ -918,9 +918,13 @@ fn set_limit(limit: libc::__rlimit_resource_t, value: u64) -> io::Result<()> {
     checked(unsafe { libc::setrlimit(limit, &raw const value) })
 }
 
+/// A session of its own, where a hang-up ends it: under `nohup` tests ignore it.
 fn own_session() -> io::Result<()> {
     // SAFETY: changes this process's session only.
-    checked(unsafe { libc::setsid() })
+    checked(unsafe { libc::setsid() })?;
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+    Ok(())
 }
 
 fn only_standard_streams() -> io::Result<()> {
