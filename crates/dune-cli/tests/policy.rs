@@ -179,6 +179,19 @@ fn a_crash_says_where() {
     assert!(stderr(&seen).contains("died of SIGABRT"), "{seen:?}");
 }
 
+/// Its report opens files, which the program's other threads would meet: once, at the end.
+#[test]
+fn a_signal_that_is_blocked_is_no_crash() {
+    if !has_kvm() {
+        return;
+    }
+    let script = "use POSIX; \
+                  sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGTERM)); \
+                  kill 'TERM', $$ for 1..3; print 'goes on'";
+    let seen = dune(&["run", "--backtrace", "--", "perl", "-e", script]);
+    assert_eq!((stdout(&seen), stderr(&seen)), ("goes on", ""), "{seen:?}");
+}
+
 #[test]
 fn what_packages_need_is_made() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {

@@ -10,11 +10,16 @@
 use core::fmt;
 use core::ops::Range;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 
 use addr2line::Loader;
 use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
 use framehop::{Module, ModuleSectionInfo, Unwinder};
+use linux_raw_sys::general::{O_NOCTTY, O_NONBLOCK};
 use object::{Object, ObjectSection, ObjectSegment};
 
 use crate::engine::{UserRegs, UserState};
@@ -23,8 +28,8 @@ use crate::user::UserMemory;
 
 /// What is shown of a stack at most.
 const MOST_FRAMES: usize = 64;
-/// Larger files are not read for their tables.
-const LARGEST_IMAGE: u64 = 1 << 30;
+/// More is not read of all files for their tables.
+const MOST_OF_IMAGES: u64 = 1 << 30;
 
 /// A program's death by a signal. Its text is several lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +58,8 @@ pub struct Frame {
 }
 
 impl Crash {
-    /// Looks at a program that is dying.
+    /// Looks at a program that is dying. Opens files, and reads them: to be called where the
+    /// program's other threads do not reach the caller's descriptors.
     pub(crate) fn of(
         signal: u32,
         address: Option<u64>,
@@ -62,10 +68,18 @@ impl Crash {
     ) -> Self {
         let images = Images::of_this_process();
         Self {
+            frames: images.unwind(&user.regs, memory),
+            ..Self::without_frames(signal, address, user)
+        }
+    }
+
+    /// What is known without a look at memory and files.
+    pub(crate) fn without_frames(signal: u32, address: Option<u64>, user: &UserState) -> Self {
+        Self {
             signal,
             address,
             regs: user.regs,
-            frames: images.unwind(&user.regs, memory),
+            frames: Vec::new(),
         }
     }
 }
@@ -140,6 +154,8 @@ struct Images(Vec<Image>);
 
 struct Image {
     path: PathBuf,
+    /// That very file: another may have its name by now.
+    file: File,
     /// From the first mapping to the last.
     range: Range<u64>,
     /// What is added to the file's own addresses.
@@ -158,9 +174,10 @@ impl Images {
             let whole = ranges.entry(path).or_insert_with(|| range.clone());
             *whole = whole.start.min(range.start)..whole.end.max(range.end);
         }
+        let mut left = MOST_OF_IMAGES;
         let images = ranges
             .into_iter()
-            .filter_map(|(path, range)| Image::open(path, range));
+            .filter_map(|(path, range)| Image::open(path, range, &mut left));
         Self(images.collect())
     }
 
@@ -197,7 +214,7 @@ impl Images {
         };
         if let Some(image) = self.0.iter().find(|image| image.range.contains(&lookup)) {
             let inside = lookup.wrapping_sub(image.bias);
-            (frame.function, frame.place) = names.find(&image.path, inside);
+            (frame.function, frame.place) = names.find(image, inside);
             frame.image = Some((image.path.clone(), address.wrapping_sub(image.bias)));
         }
         frame
@@ -209,11 +226,13 @@ impl Images {
 struct Names(BTreeMap<PathBuf, Option<Loader>>);
 
 impl Names {
-    fn find(&mut self, path: &Path, address: u64) -> (Option<String>, Option<String>) {
+    fn find(&mut self, image: &Image, address: u64) -> (Option<String>, Option<String>) {
+        // The descriptors are this thread's own.
+        let open = || Loader::new(format!("/proc/thread-self/fd/{}", image.file.as_raw_fd()));
         let loader = self
             .0
-            .entry(path.to_owned())
-            .or_insert_with(|| Loader::new(path).ok());
+            .entry(image.path.clone())
+            .or_insert_with(|| open().ok());
         let Some(loader) = loader else {
             return (None, None);
         };
@@ -233,12 +252,21 @@ impl Names {
 }
 
 impl Image {
-    fn open(path: PathBuf, range: Range<u64>) -> Option<Self> {
-        let metadata = std::fs::metadata(&path).ok()?;
-        if !metadata.is_file() || metadata.len() > LARGEST_IMAGE {
+    /// Opens and reads the file that is mapped there, if it is a regular one and no larger than
+    /// what is `left`. The path is the program's.
+    fn open(path: PathBuf, range: Range<u64>, left: &mut u64) -> Option<Self> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags((O_NONBLOCK | O_NOCTTY) as i32)
+            .open(&path)
+            .ok()?;
+        if !file.metadata().ok()?.is_file() {
             return None;
         }
-        let bytes = std::fs::read(&path).ok()?;
+        let mut bytes = Vec::new();
+        // It may grow meanwhile.
+        let len = file.by_ref().take(*left).read_to_end(&mut bytes).ok()?;
+        *left -= len as u64;
         let first = {
             let file = object::File::parse(&*bytes).ok()?;
             file.segments().map(|segment| segment.address()).min()?
@@ -247,6 +275,7 @@ impl Image {
         let bias = range.start.wrapping_sub(first & !(PAGE - 1));
         Some(Self {
             path,
+            file,
             range,
             bias,
             bytes,
@@ -318,6 +347,8 @@ fn signal_name(signal: u32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

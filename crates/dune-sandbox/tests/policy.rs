@@ -296,6 +296,19 @@ fn loopback_holds_against_tricks() {
     assert_eq!(String::from_utf8_lossy(&seen.stdout), expected, "{seen:?}");
 }
 
+/// What is opened is what the rules were asked about, whatever another thread puts in its place.
+fn files_hold_against_tricks() {
+    let fixture = Fixture::new();
+    let (secret, work) = (fixture.path("secret"), fixture.path("work"));
+    let mine = fixture.path("work/mine");
+    std::fs::write(&mine, "mine\n").unwrap();
+    let own = std::env::current_exe().unwrap();
+    let policy = format!("strict = true\n[files]\nro = [{own:?}, {secret:?}]\nrw = [{work:?}]\n");
+    let argv = [own.to_str().unwrap(), "tricks-of-files", &secret, &mine];
+    let seen = run(Walls::Guard, &policy, &argv);
+    assert_eq!(seen.stdout, b"wins 0, some opened true\n", "{seen:?}");
+}
+
 /// Whom a descriptor stands for is asked, and who cannot be asked about is no relative.
 fn signals_stay_in_the_family_against_tricks() {
     let mut outside = Command::new("sleep").arg("60").spawn().unwrap();
@@ -683,6 +696,7 @@ const ON_HOST: &[(&str, fn())] = &[
         "signals_stay_in_the_family_against_tricks",
         signals_stay_in_the_family_against_tricks,
     ),
+    ("files_hold_against_tricks", files_hold_against_tricks),
     ("explanations_lead_to_success", explanations_lead_to_success),
     ("detours_are_seen_through", detours_are_seen_through),
     ("read_only_is_not_written", read_only_is_not_written),
@@ -726,7 +740,7 @@ on_host_tests! {
     memory_is_limited cpu_time_is_limited the_environment_is_small
     children_are_held_as_well signals_stay_in_the_family races_are_lost threads_and_processes_are_counted
     without_options_nothing_changes loopback_holds_against_tricks
-    signals_stay_in_the_family_against_tricks
+    signals_stay_in_the_family_against_tricks files_hold_against_tricks
 }
 
 fn main() -> ExitCode {
@@ -738,6 +752,7 @@ fn main() -> ExitCode {
         plain loopback_is_this_machine_only,
         plain loopback_holds_against_tricks,
         plain signals_stay_in_the_family_against_tricks,
+        plain files_hold_against_tricks,
         plain explanations_lead_to_success, timeout 200,
         plain detours_are_seen_through, timeout 100,
         plain read_only_is_not_written, timeout 100,

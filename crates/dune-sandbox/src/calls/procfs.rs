@@ -95,7 +95,7 @@ pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -
         return vet(guard, opened, flags);
     }
     if has(O_PATH) {
-        let name = HiddenName::take(&guard.program, open(flags)?)?;
+        let name = HiddenName::of(&guard.program, || open(flags))?;
         return match look(guard, name.fd()) {
             View::Refused => Err(Errno::EACCES),
             // A name only: see `vet`.
@@ -113,7 +113,7 @@ pub(crate) fn open(guard: &Guard, flags: u64, open: impl Fn(u64) -> SysResult) -
         }
     }
     let name = u64::from(O_PATH | O_CLOEXEC) | flags & u64::from(O_NOFOLLOW | O_DIRECTORY);
-    let name = HiddenName::take(&guard.program, open(name)?)?;
+    let name = HiddenName::of(&guard.program, || open(name))?;
     match look(guard, name.fd()) {
         View::AsItIs => name.open(flags),
         View::Refused => Err(Errno::EACCES),
@@ -134,6 +134,17 @@ struct HiddenName<'a> {
 }
 
 impl<'a> HiddenName<'a> {
+    /// A name that `open` makes.
+    fn of(program: &'a Program, open: impl FnOnce() -> SysResult) -> Result<Self, Errno> {
+        if program.policy().files().is_none() {
+            return Self::take(program, open()?);
+        }
+        // The rules were asked about this very file: no thread puts another in its place. (The
+        // path names a descriptor by now, so that there is nothing to wait for.)
+        let mut hidden = program.hidden_fds_mut();
+        Self::hide(program, &mut hidden, Owned::new(open()?))
+    }
+
     /// Takes the descriptor `fd`, which other threads of the program may have
     /// replaced by one of theirs meanwhile: whatever it is now is looked at.
     fn take(program: &'a Program, fd: u64) -> Result<Self, Errno> {
@@ -193,33 +204,46 @@ impl<'a> HiddenName<'a> {
         forward_always(__NR_fcntl, [self.fd(), u64::from(command), 0, 0, 0, 0])
     }
 
-    /// Reads the file by a thread with descriptors of its own, where nobody
-    /// else has the open file.
+    /// Reads the file where nobody else has the open file.
     fn read_apart(&self, guard: &Guard) -> Result<Vec<u8>, Errno> {
         let link = self.link();
-        let read = move || {
-            forward_always(__NR_unshare, [u64::from(CLONE_FILES), 0, 0, 0, 0, 0])?;
+        apart(guard, || {
             let flags = u64::from(O_CLOEXEC);
             let cwd = AT_FDCWD as i64 as u64;
             let args = [cwd, own(link.as_bytes()), flags, 0, 0, 0];
             read_all(Owned::new(forward_always(__NR_openat, args)?).fd())
-        };
+        })?
+    }
+}
+
+/// Has `work` done by a thread with descriptors of its own: what it opens, no other thread of the
+/// program reaches.
+///
+/// # Errors
+///
+/// If there can be no such thread.
+pub(crate) fn apart<T: Send>(guard: &Guard, work: impl FnOnce() -> T + Send) -> Result<T, Errno> {
+    let work = move || {
+        forward_always(__NR_unshare, [u64::from(CLONE_FILES), 0, 0, 0, 0, 0])?;
+        Ok(work())
+    };
+    std::thread::scope(|scope| {
         let mask = host::mask();
         // The new thread takes no signal of the program's.
         host::block_all();
-        let reader = {
+        let worker = {
             // In Dune mode the thread's start may make a vCPU, whose descriptor
             // must be hidden before anybody else can have it.
-            let mut hidden = self.program.hidden_fds_mut();
+            let mut hidden = guard.program.hidden_fds_mut();
             let before = guard.engine.fds();
-            let reader = std::thread::Builder::new().spawn(read);
+            let worker = std::thread::Builder::new().spawn_scoped(scope, work);
             replace_fds(&mut hidden, &before, &guard.engine.fds());
-            reader
+            worker
         };
         host::set_mask(mask);
-        let text = reader.map_err(|_| Errno::EAGAIN)?.join();
-        text.unwrap_or(Err(Errno::EIO))
-    }
+        let result = worker.map_err(|_| Errno::EAGAIN)?.join();
+        result.unwrap_or(Err(Errno::EIO))
+    })
 }
 
 impl Drop for HiddenName<'_> {

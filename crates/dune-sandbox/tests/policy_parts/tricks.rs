@@ -15,6 +15,7 @@ pub(crate) fn play(name: &str, words: &[String]) -> bool {
     let number = |index: usize| words.get(index).and_then(|word| word.parse().ok());
     match (name, number(0), number(1)) {
         ("tricks-of-net", ..) => net(),
+        ("tricks-of-files", ..) => files(words),
         ("tricks-of-signals", Some(victim), Some(descriptor)) => signals(victim, descriptor),
         _ => return false,
     }
@@ -195,6 +196,56 @@ fn replaced() {
         listens
     });
     println!("replaced {listens}");
+}
+
+/// Another thread puts a file that may only be read in the place of every descriptor that
+/// appears, while one that may be written is opened.
+fn files(words: &[String]) {
+    use std::os::unix::fs::MetadataExt as _;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    /// Far from the numbers that appear.
+    const AWAY: RawFd = 100;
+    let [read_only, writable] = words else { return };
+    let file = std::fs::File::open(read_only).expect("it may be read");
+    let inode = file.metadata().expect("an open file").ino();
+    // SAFETY: numbers.
+    let away = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, AWAY) };
+    drop(file);
+    let path = std::ffi::CString::new(writable.as_str()).expect("a path");
+    let stop = AtomicBool::new(false);
+    let (wins, opened) = std::thread::scope(|scope| {
+        let replace = || {
+            while !stop.load(Ordering::Relaxed) {
+                for fd in 3..8 {
+                    // SAFETY: descriptors of this program.
+                    unsafe {
+                        libc::dup2(away, fd);
+                        libc::close(fd);
+                    }
+                }
+            }
+        };
+        scope.spawn(replace);
+        scope.spawn(replace);
+        let (mut wins, mut opened) = (0, 0);
+        for _ in 0..20_000 {
+            // SAFETY: a path, and one structure. In this order: what is put in the place of the
+            // file cannot be written to.
+            let (fd, is_it, mode) = unsafe {
+                let fd = libc::open(path.as_ptr(), libc::O_RDWR);
+                let mut stat: libc::stat = std::mem::zeroed();
+                libc::fstat(fd, &raw mut stat);
+                (fd, stat.st_ino == inode, libc::fcntl(fd, libc::F_GETFL))
+            };
+            opened += u32::from(fd >= 0);
+            wins += u32::from(is_it && mode >= 0 && mode & libc::O_ACCMODE == libc::O_RDWR);
+            // SAFETY: a descriptor of this program.
+            unsafe { libc::close(fd) };
+        }
+        stop.store(true, Ordering::Relaxed);
+        (wins, opened)
+    });
+    println!("wins {wins}, some opened {}", opened > 0);
 }
 
 fn signals(victim: i32, descriptor: RawFd) {
