@@ -64,7 +64,7 @@ fn the_example_counts_words_with_every_provider() {
         let rest = said.strip_prefix(expected).expect(&said);
         let collections = rest.strip_suffix(" collections\n").expect(&said);
         assert!(
-            collections.parse::<u64>().unwrap() > 1,
+            collections.parse::<u64>().unwrap() > 0,
             "{provider}: {said}"
         );
     }
