@@ -671,6 +671,7 @@ impl Place {
             command.env(variable, root);
         }
         command.stdin(Stdio::null());
+        before_exec(command, usual_signals);
     }
 
     fn dune<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
@@ -918,12 +919,17 @@ fn set_limit(limit: libc::__rlimit_resource_t, value: u64) -> io::Result<()> {
     checked(unsafe { libc::setrlimit(limit, &raw const value) })
 }
 
-/// A session of its own, where a hang-up ends it: under `nohup` tests ignore it.
 fn own_session() -> io::Result<()> {
     // SAFETY: changes this process's session only.
-    checked(unsafe { libc::setsid() })?;
-    // SAFETY: no handler is installed.
-    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+    checked(unsafe { libc::setsid() })
+}
+
+/// Tests that run in the background or under `nohup` ignore these, and so would what they start.
+fn usual_signals() -> io::Result<()> {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: no handler is installed.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     Ok(())
 }
 
