@@ -60,19 +60,34 @@ pub(crate) fn line(command: &Command) -> String {
 
 /// Kills every process that this one, a child of ours, has started, but not itself.
 pub(crate) fn kill_descendants(of: u32) {
+    let mut doomed = Vec::new();
+    loop {
+        let found = descendants(of);
+        if found == doomed {
+            break;
+        }
+        // One that is stopped starts no other, which nobody would find when its parent is gone.
+        found.iter().for_each(|&id| send(id, Signal::STOP));
+        doomed = found;
+    }
+    // The deepest first: none of them sees a child die and starts another.
+    doomed.into_iter().rev().for_each(kill);
+}
+
+/// Parents before their children.
+fn descendants(of: u32) -> Vec<u32> {
     let parents: Vec<(u32, u32)> = processes()
         .into_iter()
         .filter_map(|id| Some((id, parent_of(id)?)))
         .collect();
-    let mut doomed = vec![of];
+    let mut found = vec![of];
     let mut next = 0;
-    while let Some(&parent) = doomed.get(next) {
+    while let Some(&parent) = found.get(next) {
         next += 1;
         let children = parents.iter().filter(|pair| pair.1 == parent);
-        doomed.extend(children.map(|pair| pair.0));
+        found.extend(children.map(|pair| pair.0));
     }
-    // The deepest first: none of them sees a child die and starts another.
-    doomed.into_iter().skip(1).rev().for_each(kill);
+    found.split_off(1)
 }
 
 /// All that there are now, by their ids.
@@ -85,8 +100,12 @@ pub(crate) fn processes() -> Vec<u32> {
 
 /// Kills a process, unless it has ended by itself.
 pub(crate) fn kill(id: u32) {
+    send(id, Signal::KILL);
+}
+
+fn send(id: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(id).ok().and_then(Pid::from_raw) {
-        let _ = kill_process(pid, Signal::KILL);
+        let _ = kill_process(pid, signal);
     }
 }
 
