@@ -136,12 +136,14 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the loader, which Miri has not")]
     fn a_threads_variables_and_stack_are_found() {
         own_variables_are_found();
         std::thread::spawn(own_variables_are_found).join().unwrap();
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the loader, which Miri has not")]
     fn the_programs_variables_are_found_and_constants_are_not() {
         static MUTABLE: core::sync::atomic::AtomicUsize = core::sync::atomic::AtomicUsize::new(7);
         // A pointer, which the loader writes.

@@ -86,6 +86,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "tries every offset of every class")]
     fn the_cell_of_an_offset_is_the_quotient() {
         for bytes in CELL_BYTES {
             let factor = reciprocal(bytes);
